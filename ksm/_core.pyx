@@ -49,9 +49,11 @@ cdef extern from *:
     """
     #define ctz64(x) __builtin_ctzll(x)
     #define popcount64(x) __builtin_popcountll(x)
+    #define prefetch(p) __builtin_prefetch(p)
     #define bit_length64(x) ((x) ? 64 - __builtin_clzll(x) : 0)
     """
     int ctz64(uint64_t x) noexcept nogil
+    void prefetch(const void *p) noexcept nogil
     int popcount64(uint64_t x) noexcept nogil
     int bit_length64(uint64_t x) noexcept nogil
 
@@ -351,17 +353,17 @@ cdef class Engine:
         self.frame_release(f)
 
     cdef void frame_unmap(self, uint32_t f) noexcept nogil:
-        """One mapper less; without any the frame is free, and its stable node stale."""
+        """One mapper less; without any the frame is not resident, no longer KSM, and its stable node stale."""
         cdef Frame *frame = &self.frames[f]
-        cdef StableNode *node
         frame.mappers -= 1
         if frame.mappers:
             return
         self.resident -= 1
-        if frame.flags & KSM and frame.node:
-            node = &self.stable[frame.node]
-            node.stale = 1
-            self.stale += 1
+        if frame.flags & KSM:
+            frame.flags = (frame.flags & ~KSM) | SWAPPED_KSM
+            if frame.node:
+                self.stable[frame.node].stale = 1
+                self.stale += 1
         self.frame_release(f)
 
     # ---- blocks and slots ----------------------------------------------------------------------
@@ -458,6 +460,7 @@ cdef class Engine:
         b.used += (frame != NOTHING) - (b.frame[i] != NOTHING)
         b.frame[i] = frame
         b.anon = b.anon | bit if anon else b.anon & ~bit
+        b.settled &= ~bit
 
     cdef void mark_slot(self, uint32_t slot, bint marked) noexcept nogil:
         cdef Block *b = self.blocks[slot >> 6]
@@ -509,6 +512,7 @@ cdef class Engine:
         b.link[i] = n
         b.prev[i] = NO_SLOT
         b.next[i] = NO_SLOT
+        b.settled |= <uint64_t>1 << i
         if self.stable[n].count:
             self.blocks[first >> 6].prev[first & 63] = slot
             b.next[i] = first
@@ -530,6 +534,7 @@ cdef class Engine:
         if next != NO_SLOT:
             self.blocks[next >> 6].prev[next & 63] = prev
         b.state[i] = IN_NONE
+        b.settled &= ~(<uint64_t>1 << i)
         self.spaces[b.mm].merging -= 1
         if self.stable[n].count > 1:
             self.pages_sharing -= 1
@@ -1283,14 +1288,25 @@ cdef class Engine:
         cdef Space *space = &self.spaces[self.cursor]
         cdef uint32_t at = self.find_block(space, self.cursor_vpn), id, i
         cdef Block *b
-        cdef uint64_t bits, from_here
+        cdef uint64_t bits, from_here, quiet
         while at < space.count:
             id = space.blocks[at]
             b = self.blocks[id]
+            if at + 4 < space.count:
+                prefetch(self.blocks[space.blocks[at + 4]])
             from_here = ~below(self.cursor_vpn - b.vpn) if self.cursor_vpn > b.vpn else <uint64_t>-1
             bits = b.anon & b.marked & from_here
             if bits == 0:
                 self.drop_items(b, id, from_here)
+                self.cursor_vpn = b.vpn + SLOTS
+                at += 1
+                continue
+            # Visits to merged slots change nothing but two counts: a whole block of them is one step.
+            quiet = popcount64(bits)
+            if bits & ~b.settled == 0 and b.item & from_here == bits and quiet < budget[0] and self.merge_across_nodes:
+                self.already += quiet
+                self.pages_scanned += quiet
+                budget[0] -= quiet
                 self.cursor_vpn = b.vpn + SLOTS
                 at += 1
                 continue
@@ -1434,14 +1450,7 @@ cdef class Engine:
         frame.swapped += 1
         frame.flags &= ~HUGE
         self.set_slot(slot, f, False)
-        if frame.flags & KSM and frame.mappers == 1:
-            frame.flags = (frame.flags & ~KSM) | SWAPPED_KSM
-            if frame.node:
-                self.stable[frame.node].stale = 1
-                self.stale += 1
-        frame.mappers -= 1
-        if frame.mappers == 0:
-            self.resident -= 1
+        self.frame_unmap(f)
         return True
 
     cdef int unmerge_block(self, uint32_t id, uint64_t mask) noexcept nogil:

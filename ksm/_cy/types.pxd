@@ -38,6 +38,7 @@ ctypedef struct Block:
     uint64_t anon               # slots that map an anonymous frame now
     uint64_t marked             # slots in a VMA marked mergeable
     uint64_t item               # slots with an rmap item
+    uint64_t settled            # slots whose item hangs on the node of the KSM frame that they map
     uint32_t mm
     uint32_t used               # slots whose frame is not NOTHING
     uint32_t frame[64]
