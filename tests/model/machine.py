@@ -1,0 +1,425 @@
+"""ModelMachine: processes and their system calls on top of the memory and KSM of the model."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from dataclasses import replace
+
+from tests.model.ksm import FOREVER, ITEM_BYTES, Ksm
+from tests.model.memory import KSM_ZERO, PROT_READ, PROT_WRITE, Frame, Memory, Mm, SwapEntry, Vma, fail
+from tests.model.sysfs import DEFAULT_PAGES_TO_SCAN, ModelSysfs
+
+DONTNEED, FREE, MERGEABLE, UNMERGEABLE, HUGEPAGE, NOHUGEPAGE, PAGEOUT = 4, 8, 12, 13, 14, 15, 21
+MAYMOVE, FIXED, DONTUNMAP = 1, 2, 4
+SET_MEMORY_MERGE, GET_MEMORY_MERGE = 67, 68
+TOP = 1 << 47
+WORD = 1 << 64
+
+
+class ModelKsmd:
+    """Steps the daemon."""
+
+    def __init__(self, machine: ModelMachine) -> None:
+        self._m = machine
+
+    def scan(self) -> None:
+        """One pass, or the rest of the one under way."""
+        self._m.engine.batch(FOREVER)
+
+    def scan_pages(self, k: int) -> None:
+        """One batch of at most k visits."""
+        self._m.engine.batch(k)
+
+
+class ModelMachine:
+    """A machine whose KSM follows the rules as they are written down, slowly.
+
+    >>> m = ModelMachine()
+    >>> p = m.spawn("a")
+    >>> at = p.mmap(8192)
+    >>> p.write(at, b"x" * 8192)
+    >>> p.madvise(at, 8192, MERGEABLE)
+    >>> m.ksm.write("run", "1")
+    >>> m.ksmd.scan(); m.ksmd.scan()
+    >>> m.ksm.read("pages_shared"), m.ksm.read("pages_sharing")
+    ('1\\n', '1\\n')
+    """
+
+    def __init__(
+        self,
+        ram: int | None = None,
+        swap: int = 0,
+        nodes: int = 1,
+        page_size: int = 4096,
+        kernel: str = "6.18",
+        index: str = "tree",
+    ) -> None:
+        major, minor = kernel.split(".")[:2]
+        version = (int(major), int(minor))
+        self.version = version
+        self.page_size = page_size
+        self.numa_nodes = nodes
+        self.memory = Memory(page_size, ram, swap, huge_gives_back=version >= (6, 12))
+        self.engine = Ksm(self.memory, nodes, version < (6, 11), version >= (6, 6), version >= (6, 7))
+        self.engine.at_pass_start = self._pass_starts
+        self.engine.at_pass_end = self._pass_ends
+        self.pages_to_scan = DEFAULT_PAGES_TO_SCAN
+        self.sleep_millisecs = 20
+        self.advisor = False
+        self.advisor_max_cpu = 70
+        self.advisor_target_scan_time = 200
+        self.advisor_min_pages_to_scan = 500
+        self.advisor_max_pages_to_scan = 30000
+        self.advisor_previous_seconds = 0
+        self.advisor_change = 0
+        self.pass_started_ms = 0
+        self.pass_cpu_ms = 0
+        self.processes: dict[str, ModelProcess] = {}
+        self.ksm = ModelSysfs(self, version)
+        self.ksmd = ModelKsmd(self)
+
+    def spawn(self, name: str) -> ModelProcess:
+        """A new process with nothing mapped."""
+        return self._add(Mm(name))
+
+    def _add(self, mm: Mm) -> ModelProcess:
+        if mm.name in self.processes:
+            raise ValueError(f"{mm.name} is running already")
+        self.memory.mms[mm.name] = mm
+        process = self.processes[mm.name] = ModelProcess(self, mm)
+        return process
+
+    def reclaim(self) -> None:
+        """Everything that can goes to swap."""
+        self.memory.reclaim()
+
+    @property
+    def vmstat(self) -> dict[str, int]:
+        """KSM's events of /proc/vmstat."""
+        return {"cow_ksm": self.memory.cow_ksm, "ksm_swpin_copy": self.memory.swpin_copy}
+
+    def check(self) -> None:
+        """Raise AssertionError if a structure is inconsistent."""
+        k = self.engine
+        for tree in [*k.stable, *k.unstable]:
+            tree.check()  # type: ignore[attr-defined]
+        for mm in k.mms:
+            assert mm.registered
+            for item in mm.items.values():
+                assert item.node is None or (item in item.node.items and item.node in k.nodes)
+        for node in k.nodes:
+            assert node.frame.ksm is node
+        for mm in self.memory.mms.values():
+            for page, slot in mm.slots.items():
+                assert mm.vma_at(page) is not None
+                assert not isinstance(slot, Frame) or (mm, page) in slot.mappers
+                assert not isinstance(slot, SwapEntry) or (mm, page) in slot.refs
+
+    # the scan-time advisor
+
+    def _pass_starts(self) -> None:
+        self.pass_started_ms = self.engine.now_ms
+        self.pass_cpu_ms = 0
+
+    def _pass_ends(self) -> None:
+        if self.advisor:
+            self.advise((self.engine.now_ms - self.pass_started_ms) // 1000, self.pass_cpu_ms)
+
+    def advise(self, seconds: int, cpu_ms: int) -> None:
+        """Set pages_to_scan after a pass that took so long and so much CPU."""
+        seconds = max(seconds, 1)
+        cpu = max(cpu_ms * 100 // (seconds * 1000), 1)
+        factor = max(self.advisor_target_scan_time * 100 // seconds, 1)
+        change = max(seconds * 100 // (self.advisor_previous_seconds or seconds), 1)
+        change = (self.advisor_change * 70 + change * 30) // 100
+        pages = self.pages_to_scan * 100 // factor * change // 100
+        cost = max(self.pages_to_scan // cpu, 1)
+        pages = max(min(pages, cost * self.advisor_max_cpu), cost * 10)
+        self.pages_to_scan = min(pages, self.advisor_max_pages_to_scan)
+        self.advisor_change = change
+        self.advisor_previous_seconds = seconds
+
+
+class ModelProcess:
+    """One process: its system calls."""
+
+    def __init__(self, machine: ModelMachine, mm: Mm) -> None:
+        self._m = machine
+        self._mm = mm
+        self.name = mm.name
+
+    # the address space
+
+    def mmap(self, length: int, prot: int = 3, addr: int | None = None, node: int = 0) -> int:
+        """Map private anonymous memory; `addr` replaces what was there."""
+        if length <= 0 or (addr is not None and addr % self._m.page_size):
+            fail(errno.EINVAL, "mmap")
+        count = self._pages(length)
+        if addr is None:
+            start = max((vma.end for vma in self._mm.vmas), default=0x100000000)
+        else:
+            start = addr // self._m.page_size
+        self._unmap(start, start + count)
+        self._mm.vmas.append(Vma(start, start + count, prot, node, mergeable=self._mm.merge_any, shift=0))
+        self._mm.join()
+        return start * self._m.page_size
+
+    def munmap(self, addr: int, length: int) -> None:
+        """Unmap; holes do not matter."""
+        start, end = self._range(addr, length)
+        if length == 0:
+            fail(errno.EINVAL, "munmap of nothing")
+        self._unmap(start, end)
+
+    def mprotect(self, addr: int, length: int, prot: int) -> None:
+        """Change the protection, up to the first hole."""
+        start, end = self._range(addr, length)
+        stop = start
+        for vma in self._mm.cut(start, end):
+            if vma.start != stop:
+                break
+            vma.prot = prot
+            stop = vma.end
+        self._mm.join()
+        if stop < end:
+            fail(errno.ENOMEM, "mprotect of a hole")
+
+    def mremap(self, addr: int, old: int, new: int, flags: int = 0, new_addr: int | None = None) -> int:
+        """Grow, shrink or move one range."""
+        size = self._m.page_size
+        if flags & ~7 or (flags & (FIXED | DONTUNMAP) and not flags & MAYMOVE):
+            fail(errno.EINVAL, "mremap flags")
+        if addr % size or not new or not old:
+            fail(errno.EINVAL, "mremap")
+        start, old_n, new_n = addr // size, self._pages(old), self._pages(new)
+        if flags & DONTUNMAP and old_n != new_n:
+            fail(errno.EINVAL, "MREMAP_DONTUNMAP with another length")
+        to = -1
+        if flags & FIXED:
+            if new_addr is None or new_addr % size:
+                fail(errno.EINVAL, "mremap target")
+            to = new_addr // size
+            if to < start + old_n and start < to + new_n:
+                fail(errno.EINVAL, "mremap onto itself")
+        mm = self._mm
+        vma = mm.vma_at(start)
+        if vma is None:
+            fail(errno.EFAULT, "mremap of nothing")
+        moves = bool(flags & (FIXED | DONTUNMAP))
+        if not moves:
+            if new_n <= old_n:
+                self._unmap(start + new_n, start + old_n)
+                return addr
+            if vma.end < start + old_n:
+                fail(errno.EFAULT, "mremap across ranges")
+            if vma.end == start + old_n and not mm.vmas_in(start + old_n, start + new_n):
+                mm.cut(start, start + old_n)
+                mm.vmas.append(replace(vma, start=start + old_n, end=start + new_n))
+                mm.join()
+                return addr
+            if not flags & MAYMOVE:
+                fail(errno.ENOMEM, "no room to grow in place")
+        if to < 0:
+            to = max(v.end for v in mm.vmas)
+        if new_n < old_n:
+            self._unmap(start + new_n, start + old_n)
+            old_n = new_n
+        if vma.end < start + old_n:
+            fail(errno.EFAULT, "mremap across ranges")
+        if flags & FIXED:
+            self._unmap(to, to + new_n)
+        self._move(start, old_n, to, new_n, bool(flags & DONTUNMAP))
+        return to * size
+
+    def _move(self, start: int, old_n: int, to: int, new_n: int, keep: bool) -> None:
+        """Move slots; KSM's get private copies first, and their items stay behind."""
+        mm = self._mm
+        (vma,) = mm.cut(start, start + old_n)
+        if vma.mergeable:
+            self._m.engine.unmerge(mm, start, start + old_n)
+        shift = vma.shift + start - to if vma.family is not None else 0
+        mm.vmas.append(replace(vma, start=to, end=to + new_n, shift=shift))
+        for page in mm.pages_in(start, start + old_n):
+            slot = mm.slots[page]
+            mm.tables.add((page - start + to) // 512)
+            self._m.memory.set_slot(mm, page - start + to, slot)
+            self._m.memory.set_slot(mm, page, None)
+        if keep:
+            vma.family, vma.shift = None, 0
+            mm.join()
+        else:
+            self._unmap(start, start + old_n)
+
+    def _unmap(self, start: int, end: int) -> None:
+        gone = self._mm.cut(start, end)
+        self._m.memory.zap(self._mm, start, end)
+        self._mm.vmas = [vma for vma in self._mm.vmas if vma not in gone]
+        self._mm.tables = {unit for unit in self._mm.tables if self._mm.vmas_in(unit * 512, unit * 512 + 512)}
+        self._mm.join()
+
+    # memory
+
+    def write(self, addr: int, data: bytes) -> None:
+        """Store bytes, page by page, up to the first page that cannot be written."""
+        for page, offset, at, count in self._split(addr, len(data)):
+            vma = self._mm.vma_at(page)
+            if vma is None or not vma.prot & PROT_WRITE:
+                fail(errno.EFAULT, f"{self.name}: write to page {page:#x}")
+            self._m.memory.write(self._mm, page, vma, offset, bytes(data[at : at + count]))
+
+    def read(self, addr: int, n: int) -> bytes:
+        """Load bytes; an untouched page maps the zero page."""
+        out = b""
+        for page, offset, _, count in self._split(addr, n):
+            vma = self._mm.vma_at(page)
+            if vma is None or not vma.prot & (PROT_READ | PROT_WRITE):
+                fail(errno.EFAULT, f"{self.name}: read of page {page:#x}")
+            frame = self._m.memory.fault(self._mm, page, vma, False)
+            out += (frame.content if frame else self._m.memory.zero)[offset : offset + count]
+        return out
+
+    def madvise(self, addr: int, length: int, advice: int) -> None:
+        """Advise on a range; ENOMEM after all mapped parts are done, when it has holes."""
+        do = {
+            MERGEABLE: self._mark,
+            UNMERGEABLE: self._unmark,
+            DONTNEED: self._discard,
+            FREE: self._free,
+            PAGEOUT: self._page_out,
+            HUGEPAGE: lambda vma: setattr(vma, "huge", True),
+            NOHUGEPAGE: lambda vma: setattr(vma, "huge", False),
+        }.get(advice)
+        if do is None:
+            fail(errno.EINVAL, f"advice {advice}")
+        start, end = self._range(addr, length)
+        if start == end:
+            return
+        flags = advice in (MERGEABLE, UNMERGEABLE, HUGEPAGE, NOHUGEPAGE)
+        self._each(start, end, do, flags)
+        if not self._mm.covers(start, end):
+            fail(errno.ENOMEM, "madvise of a hole")
+
+    def _each(self, start: int, end: int, do: Callable[[Vma], None], flags: bool) -> None:
+        if flags:
+            for vma in self._mm.cut(start, end):
+                do(vma)
+            self._mm.join()
+        else:
+            for vma in self._mm.vmas_in(start, end):
+                do(replace(vma, start=max(vma.start, start), end=min(vma.end, end)))
+
+    def _mark(self, vma: Vma) -> None:
+        if not vma.mergeable:
+            self._m.engine.enter(self._mm)
+            vma.mergeable = True
+
+    def _unmark(self, vma: Vma) -> None:
+        if vma.mergeable:
+            self._m.engine.unmerge(self._mm, vma.start, vma.end)
+            vma.mergeable = False
+
+    def _discard(self, vma: Vma) -> None:
+        self._m.memory.zap(self._mm, vma.start, vma.end)
+
+    def _free(self, vma: Vma) -> None:
+        for page in self._mm.pages_in(vma.start, vma.end):
+            slot = self._mm.slots[page]
+            if isinstance(slot, SwapEntry):
+                self._m.memory.set_slot(self._mm, page, None)
+            elif isinstance(slot, Frame) and len(slot.mappers) == 1 and slot.swap is None:
+                slot.lazy = True
+
+    def _page_out(self, vma: Vma) -> None:
+        for page in self._mm.pages_in(vma.start, vma.end):
+            slot = self._mm.slots.get(page)
+            if isinstance(slot, Frame) and len(slot.mappers) == 1:
+                self._m.memory.swap_out(slot)
+
+    def migrate(self, addr: int, length: int, node: int) -> None:
+        """Move the frames that the range maps to another NUMA node, for all who map them."""
+        start, end = self._range(addr, length)
+        for page in self._mm.pages_in(start, end):
+            slot = self._mm.slots[page]
+            if isinstance(slot, Frame):
+                for frame in slot.huge or [slot]:
+                    frame.node = node
+
+    # processes
+
+    def fork(self, name: str) -> ModelProcess:
+        """A child that shares every frame until one writes."""
+        child = Mm(name, merge_any=self._mm.merge_any, tables=set(self._mm.tables))
+        process = self._m._add(child)
+        for page, slot in self._mm.slots.items():
+            self._m.memory.set_slot(child, page, slot)
+        child.vmas = [replace(vma) for vma in self._mm.vmas]
+        if self._mm.registered:
+            self._m.engine.enter(child)
+        return process
+
+    def exit(self) -> None:
+        """End; what KSM remembers stays until it passes."""
+        self._mm.alive = False
+        self._m.engine.exit(self._mm)
+        self._m.memory.zap(self._mm, 0, TOP)
+        self._mm.vmas = []
+        del self._m.processes[self.name], self._m.memory.mms[self.name]
+
+    def prctl(self, option: int, a2: int = 0, a3: int = 0, a4: int = 0, a5: int = 0) -> int:
+        """PR_SET_MEMORY_MERGE and PR_GET_MEMORY_MERGE."""
+        if option not in (SET_MEMORY_MERGE, GET_MEMORY_MERGE) or self._m.version < (6, 4):
+            fail(errno.EINVAL, f"prctl {option}")
+        if a3 or a4 or a5 or (option == GET_MEMORY_MERGE and a2):
+            fail(errno.EINVAL, "prctl arguments")
+        if option == GET_MEMORY_MERGE:
+            return int(self._mm.merge_any)
+        if a2 and not self._mm.merge_any:
+            self._m.engine.enter(self._mm)
+            self._mm.merge_any = True
+            for vma in self._mm.vmas:
+                vma.mergeable = True
+        elif not a2 and self._mm.merge_any:
+            for vma in self._mm.vmas:
+                self._unmark(vma)
+            self._mm.merge_any = False
+        self._mm.join()
+        return 0
+
+    @property
+    def ksm_stat(self) -> dict[str, int | bool]:
+        """/proc/PID/ksm_stat."""
+        k, mm = self._m.engine, self._mm
+        merging, zero = k.merging_pages_of(mm), k.zero_pages_of(mm)
+        return {
+            "ksm_rmap_items": len(mm.items),
+            "ksm_zero_pages": zero,
+            "ksm_merging_pages": merging,
+            "ksm_process_profit": (merging + zero) * self._m.page_size - len(mm.items) * ITEM_BYTES,
+            "ksm_merge_any": mm.merge_any,
+            "ksm_mergeable": any(vma.mergeable for vma in mm.vmas),
+        }
+
+    # helpers
+
+    def _pages(self, length: int) -> int:
+        return -(-length // self._m.page_size)
+
+    def _range(self, addr: int, length: int) -> tuple[int, int]:
+        if addr % self._m.page_size or addr < 0 or addr + length > WORD:
+            fail(errno.EINVAL, f"range {addr:#x}+{length:#x}")
+        start = addr // self._m.page_size
+        return start, start + self._pages(length)
+
+    def _split(self, addr: int, length: int) -> list[tuple[int, int, int, int]]:
+        """(page, offset in it, offset in the data, bytes) for each page of a range."""
+        out, size, at = [], self._m.page_size, 0
+        while at < length:
+            page, offset = divmod(addr + at, size)
+            count = min(size - offset, length - at)
+            out.append((page, offset, at, count))
+            at += count
+        return out
+
+
+__all__ = ["KSM_ZERO", "ModelKsmd", "ModelMachine", "ModelProcess"]

@@ -1,0 +1,307 @@
+"""Frames, swap, mapped ranges and address spaces: what memory does around KSM."""
+
+from __future__ import annotations
+
+import errno
+import os
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    from tests.model.ksm import Item, StableNode
+
+PROT_READ, PROT_WRITE = 1, 2
+HUGE_PAGES = 512
+Where = tuple["Mm", int]  # one slot: an address space and a page number in it
+Home = tuple[object, int]  # where an anonymous frame was born: a family of ranges and an index in it
+
+
+def fail(number: int, what: str) -> NoReturn:
+    """Raise the OSError that the kernel's errno stands for."""
+    raise OSError(number, f"{os.strerror(number)}: {what}")
+
+
+class OutOfMemory(OSError, MemoryError):
+    """RAM and swap are used up."""
+
+
+class Frame:
+    """One physical page."""
+
+    def __init__(self, content: bytes, node: int, home: Home) -> None:
+        self.content = content
+        self.node = node  # NUMA
+        self.home = home
+        self.mappers: set[Where] = set()
+        self.ksm: StableNode | None = None
+        self.lazy = False  # MADV_FREE'd and not written since
+        self.swap: SwapEntry | None = None  # a copy still lies in swap, for others
+        self.huge: list[Frame] | None = None  # the frames of the huge page that this one is part of
+
+    @property
+    def alive(self) -> bool:
+        """Whether anything still holds the frame."""
+        return bool(self.mappers) or self.swap is not None
+
+
+class SwapEntry:
+    """One page in swap, for all slots that mapped it; `frame` is the copy that was read back already."""
+
+    def __init__(self, content: bytes) -> None:
+        self.content = content
+        self.refs: set[Where] = set()
+        self.frame: Frame | None = None
+
+
+@dataclass(frozen=True)
+class ZeroPage:
+    """A mapping of the shared zero page."""
+
+    by_ksm: bool
+
+
+READ_ZERO, KSM_ZERO = ZeroPage(False), ZeroPage(True)
+Slot = Frame | SwapEntry | ZeroPage
+
+
+@dataclass
+class Vma:
+    """One mapped range, in page numbers, end excluded."""
+
+    start: int
+    end: int
+    prot: int
+    node: int = 0
+    mergeable: bool = False
+    huge: bool = False
+    shift: int = 0  # index of a page in its home = page number + shift
+    family: object | None = None  # set at the first fault, inherited by fork
+
+    def joins(self, right: Vma) -> bool:
+        """Whether this range and the one right behind it become one."""
+        return (
+            self.end == right.start
+            and (self.prot, self.node, self.mergeable, self.huge, self.shift)
+            == (right.prot, right.node, right.mergeable, right.huge, right.shift)
+            and (self.family is right.family or self.family is None or right.family is None)
+        )
+
+
+@dataclass(eq=False)
+class Mm:
+    """One address space."""
+
+    name: str
+    alive: bool = True
+    vmas: list[Vma] = field(default_factory=list)  # by address
+    slots: dict[int, Slot] = field(default_factory=dict)
+    tables: set[int] = field(default_factory=set)  # 2 MiB units that are mapped page by page
+    merge_any: bool = False
+    registered: bool = False
+    items: dict[int, Item] = field(default_factory=dict)
+
+    def vma_at(self, page: int) -> Vma | None:
+        """The range that holds `page`."""
+        return next((vma for vma in self.vmas if vma.start <= page < vma.end), None)
+
+    def vmas_in(self, start: int, end: int) -> list[Vma]:
+        """The ranges that meet [start, end)."""
+        return [vma for vma in self.vmas if vma.start < end and start < vma.end]
+
+    def covers(self, start: int, end: int) -> bool:
+        """Whether [start, end) has no hole."""
+        return sum(min(v.end, end) - max(v.start, start) for v in self.vmas_in(start, end)) == end - start
+
+    def cut(self, start: int, end: int) -> list[Vma]:
+        """Split ranges at both ends, so that whole ranges fill [start, end); give those."""
+        out: list[Vma] = []
+        for vma in self.vmas:
+            marks = [vma.start, *(m for m in (start, end) if vma.start < m < vma.end), vma.end]
+            out += [replace(vma, start=a, end=b) for a, b in pairwise(marks)]
+        self.vmas = out
+        return self.vmas_in(start, end)
+
+    def join(self) -> None:
+        """Make one of neighbours that differ in nothing."""
+        out: list[Vma] = []
+        for vma in sorted(self.vmas, key=lambda v: v.start):
+            if out and out[-1].joins(vma):
+                out[-1] = replace(out[-1], end=vma.end, family=out[-1].family or vma.family)
+            else:
+                out.append(vma)
+        self.vmas = out
+
+    def pages_in(self, start: int, end: int) -> list[int]:
+        """The pages of [start, end) that have a slot, by address."""
+        return sorted(page for page in self.slots if start <= page < end)
+
+
+class Memory:
+    """RAM and swap, and every way in which a slot changes what it maps."""
+
+    def __init__(self, page_size: int, ram: int | None, swap: int, huge_gives_back: bool) -> None:
+        self.page_size = page_size
+        self.ram_pages = None if ram is None else ram // page_size
+        self.swap_pages = swap // page_size
+        self.huge_gives_back = huge_gives_back
+        self.zero = bytes(page_size)
+        self.frames: set[Frame] = set()
+        self.mms: dict[str, Mm] = {}
+        self.cow_ksm = 0
+        self.swpin_copy = 0
+
+    # RAM
+
+    def new_frame(self, content: bytes, mm: Mm, page: int, vma: Vma) -> Frame:
+        """Allocate; when RAM is full everything that can goes to swap first."""
+        if self.ram_pages is not None and self.frames_used() >= self.ram_pages:
+            self.reclaim()
+            if self.frames_used() >= self.ram_pages:
+                raise OutOfMemory(errno.ENOMEM, f"{mm.name}: no frame for page {page:#x}")
+        if vma.family is None:
+            near = next(
+                (
+                    v
+                    for v in mm.vmas
+                    if v.family
+                    and (v.end == vma.start or vma.end == v.start)
+                    and (v.mergeable, v.huge, v.node, v.shift) == (vma.mergeable, vma.huge, vma.node, vma.shift)
+                ),
+                None,
+            )
+            vma.family = near.family if near else object()
+        frame = Frame(content, vma.node, (vma.family, page + vma.shift))
+        self.frames.add(frame)
+        return frame
+
+    def frames_used(self) -> int:
+        """Count the frames that something holds."""
+        self.frames = {frame for frame in self.frames if frame.alive}
+        return len(self.frames)
+
+    def swap_used(self) -> int:
+        """Count the pages that lie in swap."""
+        return len({id(s) for mm in self.mms.values() for s in mm.slots.values() if isinstance(s, SwapEntry)})
+
+    # what a slot maps
+
+    def set_slot(self, mm: Mm, page: int, new: Slot | None) -> None:
+        """Replace what a slot maps."""
+        where = (mm, page)
+        old = mm.slots.pop(page, None)
+        if isinstance(old, Frame):
+            old.mappers.discard(where)
+        elif isinstance(old, SwapEntry):
+            old.refs.discard(where)
+            if not old.refs and old.frame is not None:
+                old.frame.swap = None
+                old.frame = None
+        if new is not None:
+            mm.slots[page] = new
+        if isinstance(new, Frame):
+            new.mappers.add(where)
+        elif isinstance(new, SwapEntry):
+            new.refs.add(where)
+
+    def zap(self, mm: Mm, start: int, end: int) -> None:
+        """Drop what the slots of [start, end) map."""
+        for page in mm.pages_in(start, end):
+            self.set_slot(mm, page, None)
+
+    # faults
+
+    def fault(self, mm: Mm, page: int, vma: Vma, write: bool) -> Frame | None:
+        """Make a slot readable (None: it maps the zero page) or privately writable."""
+        slot = mm.slots.get(page)
+        if isinstance(slot, SwapEntry):
+            slot = self.swap_in(mm, page, vma, slot)
+        if isinstance(slot, Frame) and not write:
+            return slot
+        if slot is None and write and self.populate_huge(mm, page, vma):
+            slot = mm.slots[page]
+        mm.tables.add(page // HUGE_PAGES)
+        if not write:
+            if slot is None:
+                self.set_slot(mm, page, READ_ZERO)
+            return None
+        if isinstance(slot, Frame):
+            return self.own(mm, page, vma, slot)
+        fresh = self.new_frame(self.zero, mm, page, vma)
+        self.set_slot(mm, page, fresh)
+        return fresh
+
+    def own(self, mm: Mm, page: int, vma: Vma, frame: Frame) -> Frame:
+        """Copy on write: a KSM frame always, another one when somebody else holds it too."""
+        if frame.ksm is None and len(frame.mappers) == 1 and frame.swap is None:
+            frame.lazy = False
+            return frame
+        copy = self.new_frame(frame.content, mm, page, vma)
+        if frame.ksm is not None:
+            self.cow_ksm += 1
+        self.set_slot(mm, page, copy)
+        return copy
+
+    def populate_huge(self, mm: Mm, page: int, vma: Vma) -> bool:
+        """A write to an untouched 2 MiB unit under MADV_HUGEPAGE fills the whole unit with one huge page."""
+        unit = page // HUGE_PAGES
+        first, last = unit * HUGE_PAGES, (unit + 1) * HUGE_PAGES
+        if not vma.huge or unit in mm.tables or first < vma.start or last > vma.end or mm.pages_in(first, last):
+            return False
+        whole = [self.new_frame(self.zero, mm, p, vma) for p in range(first, last)]
+        for p, frame in zip(range(first, last), whole, strict=True):
+            frame.huge = whole
+            self.set_slot(mm, p, frame)
+        return True
+
+    def split_huge(self, frame: Frame) -> None:
+        """Split the huge page around `frame`; since 6.12 its all-zero pages give their frames back."""
+        whole, frame.huge = frame.huge or [], None
+        for part in whole:
+            part.huge = None
+            if self.huge_gives_back and part.content == self.zero and part.ksm is None:
+                for mm, page in list(part.mappers):
+                    self.set_slot(mm, page, READ_ZERO)
+
+    def write(self, mm: Mm, page: int, vma: Vma, offset: int, data: bytes) -> None:
+        """Store bytes into one page."""
+        frame = self.fault(mm, page, vma, True)
+        assert frame is not None
+        frame.content = frame.content[:offset] + data + frame.content[offset + len(data) :]
+
+    # swap
+
+    def swap_in(self, mm: Mm, page: int, vma: Vma, entry: SwapEntry) -> Frame:
+        """Bring a page back: the first of a group gets the frame, strangers after it a copy."""
+        home = (vma.family, page + vma.shift)
+        frame = entry.frame
+        if frame is None:
+            frame = self.new_frame(entry.content, mm, page, vma)
+            entry.frame, frame.swap = frame, entry
+        elif frame.ksm is None and frame.home != home:
+            frame = self.new_frame(entry.content, mm, page, vma)
+            self.swpin_copy += 1
+        self.set_slot(mm, page, frame)
+        return frame
+
+    def swap_out(self, frame: Frame) -> bool:
+        """Write a frame to swap (or drop it, when MADV_FREE'd); say whether it went."""
+        entry: SwapEntry | None = None
+        if not frame.lazy:
+            if frame.swap is None and self.swap_used() >= self.swap_pages:
+                return False
+            entry = frame.swap or SwapEntry(frame.content)
+            entry.frame, frame.swap = None, None
+        if frame.huge is not None:
+            self.split_huge(frame)
+        for mm, page in list(frame.mappers):
+            self.set_slot(mm, page, entry)
+        return True
+
+    def reclaim(self) -> None:
+        """Everything that can goes to swap, process by process, by address."""
+        for mm in list(self.mms.values()):
+            for page in sorted(mm.slots):
+                slot = mm.slots.get(page)
+                if isinstance(slot, Frame):
+                    self.swap_out(slot)
