@@ -1,0 +1,33 @@
+"""What every test may use."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import hypothesis
+import pytest
+
+import ksm
+
+# Machines that run tests are shared: how long one example takes says nothing.
+hypothesis.settings.register_profile("ksm", deadline=None, print_blob=True)
+hypothesis.settings.load_profile("ksm")
+
+
+@pytest.fixture
+def run_python(tmp_path: Path) -> Callable[[str], str]:
+    """Run a script in a fresh interpreter that sees the same ksm, from an empty directory; gives its output."""
+
+    def run(script: str) -> str:
+        environment = {**os.environ, "PYTHONPATH": str(Path(ksm.__file__).parents[1])}
+        done = subprocess.run(
+            [sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    return run
