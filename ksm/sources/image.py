@@ -57,7 +57,7 @@ class Image(ABC):
         (2, 4096)
         """
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 - most sources hold nothing open
         """Let go of what the source holds open; blocks handed out stay valid.
 
         >>> from ksm.sources import ArrayImage
