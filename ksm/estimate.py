@@ -12,10 +12,13 @@ import numpy.typing as npt
 
 from ksm import sources
 from ksm.constants import RMAP_ITEM_BYTES
-from ksm.pages import Fingerprints, as_pages, fingerprint, zero_words
-from ksm.sources.image import Image
+from ksm.pages import Fingerprints, as_pages, zero_words
+from ksm.sources.image import ArrayImage, Image
+from ksm.sources.snapshot import Snapshot
 
-Source: TypeAlias = "str | os.PathLike[str] | Image | Fingerprints | npt.NDArray[Any] | bytes | bytearray | memoryview"
+Source: TypeAlias = (
+    "str | os.PathLike[str] | Image | Snapshot | Fingerprints | npt.NDArray[Any] | bytes | bytearray | memoryview"
+)
 Zeros: TypeAlias = Literal["merge", "absent"]
 
 _MOST_SHARING = (1 << 31) - 1
@@ -164,116 +167,83 @@ def estimate(
     for what, values in (("names", names), ("nodes", nodes)):
         if values is not None and len(values) != len(given):
             raise ValueError(f"{len(values)} {what} for {len(given)} sources")
-    opened: list[_Opened] = []
-    try:
-        for index, source in enumerate(given):
-            opened.append(_open(source, index, page_size, marked_only))
-        sizes = sorted({part.page_size for part in opened})
-        if len(sizes) > 1:
-            raise ValueError(f"page sizes differ: {', '.join(map(str, sizes))}; KSM merges pages of one size")
-        words = _fingerprints(opened, threads, progress)
-    finally:
-        for part in opened:
-            part.close()
+    taken = snapshots(given, page_size, marked_only, threads, progress)
     if names is not None:
-        opened = [replace(part, name=name) for part, name in zip(opened, names, strict=True)]
-    found = _count(opened, words, _Rules(max_page_sharing, use_zero_pages, zeros, merge_across_nodes), nodes)
-    total = Counts("total", sizes[0], *(sum(column) for column in zip(*map(_numbers, found), strict=True)))
+        taken = [replace(snapshot, name=name) for snapshot, name in zip(taken, names, strict=True)]
+    found = _count(taken, _Rules(max_page_sharing, use_zero_pages, zeros, merge_across_nodes), nodes)
+    total = Counts("total", taken[0].page_size, *(sum(column) for column in zip(*map(_numbers, found), strict=True)))
     answer: dict[str, Any] = asdict(total) | {
         "sources": tuple(found),
         "max_page_sharing": max_page_sharing,
         "use_zero_pages": use_zero_pages,
         "merge_across_nodes": merge_across_nodes,
         "zeros": zeros,
-        "assumed": tuple(_assumptions(opened, total, zeros)),
+        "assumed": tuple(_assumptions(taken, total, zeros)),
     }
     return Estimate(**answer)
 
 
 def _as_list(images: Iterable[Source] | Source) -> list[Source]:
-    if isinstance(images, str | os.PathLike | Image | Fingerprints | bytes | bytearray | memoryview):
+    if isinstance(images, str | os.PathLike | Image | Snapshot | Fingerprints | bytes | bytearray | memoryview):
         return [images]
     if isinstance(images, np.ndarray) and images.dtype != object:
         return [images]
     return list(images)
 
 
-# ---- opening and fingerprinting --------------------------------------------------------------------
+# ---- reading ---------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class _Opened:
-    """A source with what the count needs of it."""
-
-    name: str
-    page_size: int
-    pages: int
-    known: bool
-    """Whether its zero pages are known to be touched."""
-    content: Image | Fingerprints | npt.NDArray[np.uint8]
-    ours: bool = False
-    zero_page_unknown: bool = False
-
-    def close(self) -> None:
-        if self.ours and isinstance(self.content, Image):
-            self.content.close()
-
-
-def _open(source: Source, index: int, page_size: int | None, marked_only: bool) -> _Opened:
+def _open(source: Source, index: int, page_size: int | None, marked_only: bool) -> tuple[Image | Snapshot, bool]:
+    """The source as an image or snapshot, and whether it is ours to close."""
     name = f"source {index}"
+    if isinstance(source, Image | Snapshot):
+        return source, False
     if isinstance(source, Fingerprints):
-        return _Opened(name, page_size or 4096, source.pages, source.present is not None, source)
+        return Snapshot(name, page_size or 4096, source.present is not None, True, ((0, source),)), False
     if isinstance(source, str | os.PathLike):
-        image = sources.open(source, marked_only=marked_only, page_size=page_size or 4096)
-        return _opened_image(image, ours=True)
-    if isinstance(source, Image):
-        return _opened_image(source, ours=False)
+        return sources.open(source, marked_only=marked_only, page_size=page_size or 4096), True
     pages = as_pages(source, page_size)
-    return _Opened(name, pages.shape[1], len(pages), not isinstance(source, np.memmap), pages)
+    return ArrayImage(pages, name, anonymous_known=not isinstance(source, np.memmap)), False
 
 
-def _opened_image(image: Image, ours: bool) -> _Opened:
-    unknown = isinstance(image, sources.ProcessImage) and not image.pagemap.zero_page_known
-    return _Opened(image.name, image.page_size, image.npages, image.anonymous_known, image, ours, unknown)
+def snapshots(
+    images: Sequence[Source],
+    page_size: int | None = None,
+    marked_only: bool = False,
+    threads: int | None = None,
+    progress: Callable[[int, int], object] | None = None,
+) -> list[Snapshot]:
+    """Read sources once, to estimate and to simulate from the same pages. Arguments and errors as `estimate`.
 
+    >>> [snapshot.pages for snapshot in snapshots([bytes(8192), bytes(4096)])]
+    [2, 1]
+    """
+    opened: list[tuple[Image | Snapshot, bool]] = []
+    try:
+        for index, source in enumerate(images):
+            opened.append(_open(source, index, page_size, marked_only))
+        sizes = sorted({image.page_size for image, _ in opened})
+        if len(sizes) > 1:
+            raise ValueError(f"page sizes differ: {', '.join(map(str, sizes))}; KSM merges pages of one size")
+        total = sum(image.pages if isinstance(image, Snapshot) else image.npages for image, _ in opened)
+        result: list[Snapshot] = []
+        done = 0
 
-def _fingerprints(
-    opened: Sequence[_Opened], threads: int | None, progress: Callable[[int, int], object] | None
-) -> list[npt.NDArray[np.uint64]]:
-    """Of each source the words of its present pages, in address order."""
-    total = sum(part.pages for part in opened)
-    done = 0
+        def more(now: int) -> None:
+            if progress is not None:
+                progress(done + now, total)
 
-    def more(now: int) -> None:
-        if progress is not None:
-            progress(done + now, total)
-
-    result = []
-    for part in opened:
-        content = part.content
-        if isinstance(content, Fingerprints):
-            words = content.words if content.present is None else content.words[content.present]
-        elif isinstance(content, Image):
-            words = _image_words(content, threads, more)
-        else:
-            words = fingerprint(content, threads, progress=more).words
-        result.append(words)
-        done += part.pages
         more(0)
-    return result
-
-
-def _image_words(image: Image, threads: int | None, more: Callable[[int], object]) -> npt.NDArray[np.uint64]:
-    words = np.empty((image.npages, 2), np.uint64)
-    done = 0
-    for _, pages, present in image.blocks():
-        found = fingerprint(pages, threads).words
-        if present is not None:
-            found = found[present]
-        words[done : done + len(found)] = found
-        done += len(found)
-        more(done)
-    return words[:done]
+        for image, _ in opened:
+            snapshot = image if isinstance(image, Snapshot) else Snapshot.take(image, threads, more)
+            result.append(snapshot)
+            done += snapshot.pages
+        return result
+    finally:
+        for image, ours in opened:
+            if ours and isinstance(image, Image):
+                image.close()
 
 
 # ---- counting --------------------------------------------------------------------------------------
@@ -294,17 +264,16 @@ def _numbers(counts: Counts) -> tuple[int, ...]:
     return tuple(getattr(counts, name) for name in _COUNTED)
 
 
-def _count(
-    opened: Sequence[_Opened], words: Sequence[npt.NDArray[np.uint64]], rules: _Rules, nodes: Sequence[int] | None
-) -> list[Counts]:
+def _count(taken: Sequence[Snapshot], rules: _Rules, nodes: Sequence[int] | None) -> list[Counts]:
     """Each source's part."""
-    zero_word = zero_words(opened[0].page_size)
+    zero_word = zero_words(taken[0].page_size)
     rows: list[dict[str, int]] = []
     merging = []
-    for part, its in zip(opened, words, strict=True):
+    for part in taken:
+        its = part.words()
         zero = (its == zero_word).all(axis=1)
         zeros = int(np.count_nonzero(zero))
-        ambiguous = 0 if part.known else zeros
+        ambiguous = 0 if part.anonymous_known else zeros
         absent = ambiguous if rules.zeros == "absent" else 0
         merges = its[~zero] if zeros and (absent or rules.use_zero_pages) else its
         merging.append(merges)
@@ -314,12 +283,12 @@ def _count(
         row["zero_or_untouched"] = ambiguous
         row["ksm_zero_pages"] = zeros - absent if rules.use_zero_pages else 0
         rows.append(row)
-    for members in _groups_of_nodes(len(opened), nodes, rules.merge_across_nodes):
+    for members in _groups_of_nodes(len(taken), nodes, rules.merge_across_nodes):
         found = _settle([merging[i] for i in members], rules.max_page_sharing)
         for name, column in found.items():
             for i, value in zip(members, column.tolist(), strict=True):
                 rows[i][name] = value
-    return [Counts(part.name, part.page_size, **row) for part, row in zip(opened, rows, strict=True)]
+    return [Counts(part.name, part.page_size, **row) for part, row in zip(taken, rows, strict=True)]
 
 
 def _groups_of_nodes(n: int, nodes: Sequence[int] | None, across: bool) -> list[list[int]]:
@@ -382,7 +351,7 @@ def _grouped(words: npt.NDArray[np.uint64]) -> tuple[npt.NDArray[np.int64], npt.
     return order, np.flatnonzero(new_low | new_high)
 
 
-def _assumptions(opened: Sequence[_Opened], total: Counts, zeros: Zeros) -> Iterable[str]:
+def _assumptions(taken: Sequence[Snapshot], total: Counts, zeros: Zeros) -> Iterable[str]:
     yield "All these pages are mergeable and do not change."
     if total.zero_or_untouched:
         what = "left out, as never touched" if zeros == "absent" else "counted as pages that merge"
@@ -390,7 +359,7 @@ def _assumptions(opened: Sequence[_Opened], total: Counts, zeros: Zeros) -> Iter
             f"{total.zero_or_untouched:,} all-zero pages of dumps are zero or never touched, which a dump cannot tell: "
             f"here they are {what}."
         )
-    blind = [part.name for part in opened if part.zero_page_unknown]
+    blind = [part.name for part in taken if not part.zero_page_known]
     if blind:
         yield (
             f"Whether zero pages of {', '.join(blind)} are the shared zero page, which never merges, could not be seen "

@@ -11,8 +11,9 @@ from ksm.errors import SourceError
 from ksm.sources.image import ArrayImage, Block, Image
 from ksm.sources.process import ProcessImage
 from ksm.sources.raw import RawImage
+from ksm.sources.snapshot import Snapshot
 
-__all__ = ["ArrayImage", "Block", "Image", "ProcessImage", "RawImage", "open"]
+__all__ = ["ArrayImage", "Block", "Image", "ProcessImage", "RawImage", "Snapshot", "open"]
 
 # Formats that a file's first bytes give away and that have no reader here: to take them for raw pages would be wrong.
 _OTHER_FORMATS: Mapping[bytes, str] = MappingProxyType(

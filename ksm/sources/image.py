@@ -30,6 +30,7 @@ class Image(ABC):
         holes: slots known to have been never touched; no block has them as present.
         anonymous_known: whether the source can tell a never-touched page from a zeroed one. A plain dump cannot:
             its zero pages may be either.
+        zero_page_known: whether slots that only map the shared zero page are known to be left out.
         excluded: why further slots are left out, and how many: swapped, file pages, the zero page, ...
 
     >>> from ksm.sources import ArrayImage
@@ -43,6 +44,7 @@ class Image(ABC):
     npages: int
     holes: int = 0
     anonymous_known: bool = False
+    zero_page_known: bool = True
     excluded: Mapping[str, int] = MappingProxyType({})
 
     @abstractmethod

@@ -123,9 +123,7 @@ class Pagemap:
 def _scan(fd: int, start: int, end: int, mask: int, found: npt.NDArray[np.void]) -> tuple[int, int]:
     """One PAGEMAP_SCAN for regions with all of `mask`: how many were found, and where the walk ended."""
     argument = bytearray(
-        _SCAN_ARGUMENT.pack(
-            _SCAN_ARGUMENT.size, 0, start, end, 0, found.ctypes.data, len(found), 0, 0, mask, 0, mask
-        )
+        _SCAN_ARGUMENT.pack(_SCAN_ARGUMENT.size, 0, start, end, 0, found.ctypes.data, len(found), 0, 0, mask, 0, mask)
     )
     count = fcntl.ioctl(fd, _PAGEMAP_SCAN, argument)
     return count, max(start + mmap.PAGESIZE, _SCAN_ARGUMENT.unpack(argument)[4])

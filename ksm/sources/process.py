@@ -59,7 +59,7 @@ class ProcessImage(Image):
     """The present, anonymous, private pages of a live process, at their addresses.
 
     Left out are VMAs that KSM never takes, file pages, swapped pages and, where it can be told
-    (`pagemap.zero_page_known`), the shared zero page that reading untouched memory maps. Private copies in file
+    (`zero_page_known`), the shared zero page that reading untouched memory maps. Private copies in file
     mappings count: they are anonymous. Which pages there are is looked up once, when the image is opened; a page that
     goes away afterwards is reported as not present.
 
@@ -92,6 +92,7 @@ class ProcessImage(Image):
         except BaseException:
             os.close(self._mem)
             raise
+        self.zero_page_known = self.pagemap.zero_page_known
         self._closed = False
         try:
             self._survey()
