@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from tests.model.ksm import FOREVER, ITEM_BYTES, Ksm
-from tests.model.memory import KSM_ZERO, PROT_READ, PROT_WRITE, Frame, Memory, Mm, SwapEntry, Vma, fail
+from tests.model.memory import HUGE_PAGES, KSM_ZERO, PROT_READ, PROT_WRITE, Frame, Memory, Mm, SwapEntry, Vma, fail
 from tests.model.sysfs import DEFAULT_PAGES_TO_SCAN, ModelSysfs
 
 DONTNEED, FREE, MERGEABLE, UNMERGEABLE, HUGEPAGE, NOHUGEPAGE, PAGEOUT = 4, 8, 12, 13, 14, 15, 21
@@ -162,7 +162,7 @@ class ModelProcess:
             start = addr // self._m.page_size
         self._unmap(start, start + count)
         self._mm.vmas.append(Vma(start, start + count, prot, node, mergeable=self._mm.merge_any, shift=0))
-        self._mm.join()
+        self._mm.join(start, start + count)
         return start * self._m.page_size
 
     def munmap(self, addr: int, length: int) -> None:
@@ -181,7 +181,7 @@ class ModelProcess:
                 break
             vma.prot = prot
             stop = vma.end
-        self._mm.join()
+        self._mm.join(start, end)
         if stop < end:
             fail(errno.ENOMEM, "mprotect of a hole")
 
@@ -206,57 +206,66 @@ class ModelProcess:
         vma = mm.vma_at(start)
         if vma is None:
             fail(errno.EFAULT, "mremap of nothing")
-        moves = bool(flags & (FIXED | DONTUNMAP))
-        if not moves:
+        if flags & FIXED and old_n == new_n:
+            # a plain move may span several ranges and holes, since 6.17; holes leave the target as it is
+            if vma.end < start + old_n and self._m.version < (6, 17):
+                fail(errno.EFAULT, "mremap across ranges")
+            for part in mm.vmas_in(start, start + old_n):
+                part = replace(part, start=max(part.start, start), end=min(part.end, start + old_n))
+                at = part.start - start + to
+                self._unmap(at, at + part.end - part.start)
+                self._move(part.start, part.end - part.start, at, part.end - part.start, bool(flags & DONTUNMAP))
+            return new_addr or 0
+        if vma.end < start + (min(old_n, new_n) if flags & FIXED else old_n) and (new_n > old_n or flags & FIXED):
+            fail(errno.EFAULT, "mremap across ranges")
+        if not flags & (FIXED | DONTUNMAP):
             if new_n <= old_n:
                 self._unmap(start + new_n, start + old_n)
                 return addr
-            if vma.end < start + old_n:
-                fail(errno.EFAULT, "mremap across ranges")
             if vma.end == start + old_n and not mm.vmas_in(start + old_n, start + new_n):
-                mm.cut(start, start + old_n)
                 mm.vmas.append(replace(vma, start=start + old_n, end=start + new_n))
-                mm.join()
+                mm.join(start + old_n, start + new_n)
                 return addr
             if not flags & MAYMOVE:
                 fail(errno.ENOMEM, "no room to grow in place")
         if to < 0:
             to = max(v.end for v in mm.vmas)
+        if flags & FIXED:
+            self._unmap(to, to + new_n)
         if new_n < old_n:
             self._unmap(start + new_n, start + old_n)
             old_n = new_n
-        if vma.end < start + old_n:
-            fail(errno.EFAULT, "mremap across ranges")
-        if flags & FIXED:
-            self._unmap(to, to + new_n)
         self._move(start, old_n, to, new_n, bool(flags & DONTUNMAP))
         return to * size
 
     def _move(self, start: int, old_n: int, to: int, new_n: int, keep: bool) -> None:
         """Move slots; KSM's get private copies first, and their items stay behind."""
         mm = self._mm
-        (vma,) = mm.cut(start, start + old_n)
+        vma = mm.vma_at(start)
+        assert vma is not None
         if vma.mergeable:
             self._m.engine.unmerge(mm, start, start + old_n)
         shift = vma.shift + start - to if vma.family is not None else 0
         mm.vmas.append(replace(vma, start=to, end=to + new_n, shift=shift))
         for page in mm.pages_in(start, start + old_n):
             slot = mm.slots[page]
-            mm.tables.add((page - start + to) // 512)
+            mm.tables.add((page - start + to) // HUGE_PAGES)
             self._m.memory.set_slot(mm, page - start + to, slot)
             self._m.memory.set_slot(mm, page, None)
-        if keep:
-            vma.family, vma.shift = None, 0
-            mm.join()
-        else:
+        if not keep:
             self._unmap(start, start + old_n)
+        elif (vma.start, vma.end) == (start, start + old_n):
+            vma.family, vma.inherited = None, False
+        mm.join(to, to + new_n)
 
     def _unmap(self, start: int, end: int) -> None:
+        if start >= end:
+            return
         gone = self._mm.cut(start, end)
         self._m.memory.zap(self._mm, start, end)
         self._mm.vmas = [vma for vma in self._mm.vmas if vma not in gone]
-        self._mm.tables = {unit for unit in self._mm.tables if self._mm.vmas_in(unit * 512, unit * 512 + 512)}
-        self._mm.join()
+        units = {page // HUGE_PAGES for vma in self._mm.vmas for page in range(vma.start, vma.end)}
+        self._mm.tables &= units
 
     # memory
 
@@ -304,7 +313,7 @@ class ModelProcess:
         if flags:
             for vma in self._mm.cut(start, end):
                 do(vma)
-            self._mm.join()
+            self._mm.join(start, end)
         else:
             for vma in self._mm.vmas_in(start, end):
                 do(replace(vma, start=max(vma.start, start), end=min(vma.end, end)))
@@ -353,7 +362,7 @@ class ModelProcess:
         process = self._m._add(child)
         for page, slot in self._mm.slots.items():
             self._m.memory.set_slot(child, page, slot)
-        child.vmas = [replace(vma) for vma in self._mm.vmas]
+        child.vmas = [replace(vma, inherited=vma.family is not None) for vma in self._mm.vmas]
         if self._mm.registered:
             self._m.engine.enter(child)
         return process
@@ -383,7 +392,7 @@ class ModelProcess:
             for vma in self._mm.vmas:
                 self._unmark(vma)
             self._mm.merge_any = False
-        self._mm.join()
+        self._mm.join(0, TOP)
         return 0
 
     @property

@@ -77,6 +77,7 @@ class Vma:
     huge: bool = False
     shift: int = 0  # index of a page in its home = page number + shift
     family: object | None = None  # set at the first fault, inherited by fork
+    inherited: bool = False  # the family came by fork
 
     def joins(self, right: Vma) -> bool:
         """Whether this range and the one right behind it become one."""
@@ -84,7 +85,7 @@ class Vma:
             self.end == right.start
             and (self.prot, self.node, self.mergeable, self.huge, self.shift)
             == (right.prot, right.node, right.mergeable, right.huge, right.shift)
-            and (self.family is right.family or self.family is None or right.family is None)
+            and (self.family is right.family or (None in (self.family, right.family) and not self.inherited | right.inherited))
         )
 
 
@@ -122,11 +123,11 @@ class Mm:
         self.vmas = out
         return self.vmas_in(start, end)
 
-    def join(self) -> None:
-        """Make one of neighbours that differ in nothing."""
+    def join(self, start: int, end: int) -> None:
+        """Make one of neighbours that differ in nothing and meet in [start, end]."""
         out: list[Vma] = []
         for vma in sorted(self.vmas, key=lambda v: v.start):
-            if out and out[-1].joins(vma):
+            if out and start <= vma.start <= end and out[-1].joins(vma):
                 out[-1] = replace(out[-1], end=vma.end, family=out[-1].family or vma.family)
             else:
                 out.append(vma)
@@ -165,6 +166,7 @@ class Memory:
                     v
                     for v in mm.vmas
                     if v.family
+                    and not v.inherited
                     and (v.end == vma.start or vma.end == v.start)
                     and (v.mergeable, v.huge, v.node, v.shift) == (vma.mergeable, vma.huge, vma.node, vma.shift)
                 ),
