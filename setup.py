@@ -20,7 +20,6 @@ directives = {
     "overflowcheck": False,  # hashes wrap around on purpose; UBSan looks at the signed ones
     "cdivision": not DEBUG,
     "initializedcheck": DEBUG,
-    "nonecheck": DEBUG,
 }
 compile_args = ["-O1", "-g", "-UNDEBUG"] if DEBUG else ["-O3"]
 link_args = []
