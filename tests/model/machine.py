@@ -161,6 +161,8 @@ class ModelProcess:
         else:
             start = addr // self._m.page_size
         self._unmap(start, start + count)
+        if self._mm.merge_any:
+            self._m.engine.enter(self._mm)
         self._mm.vmas.append(Vma(start, start + count, prot, node, mergeable=self._mm.merge_any, shift=0))
         self._mm.join(start, start + count)
         return start * self._m.page_size
