@@ -1,0 +1,155 @@
+"""The `ksm` command: picks a subcommand, and turns every error into one line and an exit code."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.metadata
+import os
+import signal
+import sys
+from collections.abc import Mapping, Sequence
+from types import FrameType, MappingProxyType
+from typing import NoReturn
+
+import click
+
+from ksm.errors import KsmError
+
+# name -> (module with an object of that name, what the list of commands says about it)
+_COMMANDS: Mapping[str, str] = MappingProxyType(
+    {
+        "demo": "Show it at work on eight live processes, beside the kernel's own counters.",
+        "estimate": "What KSM would save on these images or processes.",
+        "simulate": "How KSM gets there: its counters over time.",
+    }
+)
+
+EX_USAGE = 2
+EX_NOINPUT = 66
+EX_SOFTWARE = 70
+EX_OSERR = 71
+EX_IOERR = 74
+EX_NOPERM = 77
+INTERRUPTED = 128 + signal.SIGINT
+BROKEN_PIPE = 141  # as a program that SIGPIPE ended
+TERMINATED = 128 + signal.SIGTERM
+
+
+def _version(ctx: click.Context, param: click.Parameter, wanted: bool) -> None:
+    if not wanted:
+        return
+    try:
+        click.echo(f"ksm {importlib.metadata.version('ksm')}")
+    except importlib.metadata.PackageNotFoundError:
+        click.echo("ksm, not installed")
+    ctx.exit()
+
+
+class _Lazy(click.Group):
+    """Commands are imported when they are run."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _COMMANDS:
+            return None
+        command: click.Command = importlib.import_module(f"ksm.cli.{cmd_name}").command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(sorted(_COMMANDS.items()))
+
+
+@click.group(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_version, help="Show the version.")
+def cli() -> None:
+    """Linux Kernel Samepage Merging, exactly: estimate it, simulate it, compare it with the kernel.
+
+    A SOURCE is a raw memory image, pid:123, or self.
+    """
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; the exit code.
+
+    >>> main(["estimate", "/nonexistent"])
+    65
+    """
+    try:
+        previous = signal.signal(signal.SIGTERM, _terminate)
+    except ValueError:  # not in the main thread
+        previous = None
+    try:
+        code = _run(arguments)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        _abandon_stdout()
+        return BROKEN_PIPE
+    except OSError as error:
+        return _fail(f"writing the output: {error.strerror or error}", EX_IOERR)
+    finally:
+        if previous is not None:
+            signal.signal(signal.SIGTERM, previous)
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    try:
+        given = None if arguments is None else list(arguments)
+        code = cli.main(args=given, prog_name="ksm", standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except click.exceptions.Exit as stop:
+        return stop.exit_code
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        return _fail("interrupted", INTERRUPTED)
+    except BrokenPipeError:
+        raise
+    except KsmError as error:
+        return _fail(_message(error), error.exit_code)
+    except OSError as error:
+        return _fail(_message(error), _os_exit_code(error))
+    except MemoryError as error:
+        return _fail(f"out of memory{f': {error}' if str(error) else ''}", EX_OSERR)
+    except ValueError as error:
+        return _fail(str(error), EX_USAGE)
+    except Exception as error:
+        if os.environ.get("KSM_TRACEBACK"):
+            raise
+        return _fail(f"internal error: {type(error).__name__}: {error} (KSM_TRACEBACK=1 shows where)", EX_SOFTWARE)
+
+
+def _message(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return str(error) or type(error).__name__
+
+
+def _os_exit_code(error: OSError) -> int:
+    if isinstance(error, PermissionError):
+        return EX_NOPERM
+    return EX_NOINPUT if isinstance(error, FileNotFoundError) else EX_IOERR
+
+
+def _fail(message: str, code: int) -> int:
+    with contextlib.suppress(OSError):
+        print(f"ksm: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    return code
+
+
+def _terminate(number: int, frame: FrameType | None) -> NoReturn:
+    """SIGTERM unwinds like Ctrl-C does, so that the kernel's tunables are put back and workers end."""
+    raise SystemExit(TERMINATED)
+
+
+def _abandon_stdout() -> None:
+    """Nobody reads it any more: keep the interpreter from complaining when it flushes at exit."""
+    with contextlib.suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)

@@ -1,0 +1,169 @@
+"""What the commands share: option types, how numbers are shown, consoles, progress, and sources into a machine."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from ksm.constants import MADV_MERGEABLE
+from ksm.machine import Machine, Process
+from ksm.sources import Snapshot
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+
+
+def duration(ctx: click.Context | None, param: click.Parameter | None, value: str) -> float:
+    """Seconds, from 90, 90s, 10m, 1h30m or 250ms: the callback of an option.
+
+    >>> duration(None, None, "1h30m")
+    5400.0
+    """
+    text = value.strip()
+    if re.fullmatch(r"\d+(\.\d+)?", text):
+        seconds = float(text)
+    elif re.fullmatch(r"(\d+(\.\d+)?(ms|s|m|h|d))+", text):
+        seconds = sum(float(n) * _UNITS[unit] for n, _, unit in re.findall(r"(\d+(\.\d+)?)(ms|s|m|h|d)", text))
+    else:
+        raise click.BadParameter(f"{value!r} is not a duration, such as 90s, 10m or 1h30m", ctx, param)
+    if not 0 < seconds <= 1e9:
+        raise click.BadParameter(f"{value!r} is not between 0 and 1e9 seconds", ctx, param)
+    return seconds
+
+
+def source_arguments(function: F) -> F:
+    """SOURCE..., and what says how they are read and merged.
+
+    >>> callable(source_arguments(lambda: None))
+    True
+    """
+    for decorate in reversed(
+        (
+            click.argument("sources", nargs=-1, required=True, metavar="SOURCE..."),
+            click.option("--max-page-sharing", type=int, default=256, show_default=True, help="The tunable."),
+            click.option("--use-zero-pages", is_flag=True, help="The tunable: all-zero pages go to the zero page."),
+            click.option(
+                "--zeros",
+                type=click.Choice(["merge", "absent"]),
+                default="merge",
+                show_default=True,
+                help="What all-zero pages of a dump are: pages that merge, or memory never touched.",
+            ),
+            click.option("--marked-only", is_flag=True, help="Of processes, only what is marked mergeable now."),
+            click.option("--page-size", type=int, default=None, help="Of raw images.  [default: 4096]"),
+            click.option("--threads", type=click.IntRange(1), default=None, help="That hash.  [default: all CPUs]"),
+        )
+    ):
+        function = decorate(function)
+    return function
+
+
+def binary(number: float) -> str:
+    """Bytes for people.
+
+    >>> binary(1536 * 1024), binary(-5), binary(0)
+    ('1.5 MiB', '-5 B', '0 B')
+    """
+    size = float(number)
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if abs(size) < 1024 or unit == "TiB":
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:,.1f} {unit}"
+        size /= 1024
+    raise AssertionError
+
+
+def clock(seconds: float) -> str:
+    """A duration for people.
+
+    >>> clock(0.25), clock(75), clock(5400)
+    ('0.25 s', '1 min 15 s', '1 h 30 min')
+    """
+    if seconds < 60:
+        return f"{seconds:.3g} s"
+    whole = round(seconds)
+    if whole < 3600:
+        return f"{whole // 60} min" + (f" {whole % 60} s" if whole % 60 else "")
+    whole = round(seconds / 60)
+    return f"{whole // 60} h" + (f" {whole % 60} min" if whole % 60 else "")
+
+
+def out() -> Console:
+    """Where answers for people go; never narrower than a table needs when it is no terminal.
+
+    >>> out().file is sys.stdout
+    True
+    """
+    console = Console(file=sys.stdout, highlight=False, markup=False, emoji=False)
+    if not console.is_terminal:
+        console.width = max(console.width, 120)
+    return console
+
+
+def print_json(answer: Any) -> None:
+    """An answer for programs.
+
+    >>> print_json({"pages": 1})
+    {
+      "pages": 1
+    }
+    """
+    sys.stdout.write(json.dumps(answer, indent=2) + "\n")
+
+
+@contextlib.contextmanager
+def progress(what: str, quiet: bool = False) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr, for terminals only; yields the function to call with (done, in all).
+
+    >>> with progress("reading", quiet=True) as show:
+    ...     show(1, 2)
+    """
+    if quiet or not sys.stderr.isatty():
+        yield lambda done, total: None
+        return
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    )
+    with bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def load(machine: Machine, snapshots: Sequence[Snapshot]) -> list[Process]:
+    """A process for each snapshot, its pages at their addresses and all of them marked mergeable.
+
+    >>> load(Machine(), [Snapshot("nothing", 4096, True, True, ())])[0].name
+    'nothing'
+    """
+    processes = []
+    for snapshot in snapshots:
+        process = machine.spawn(_unused(machine, snapshot.name))
+        for address, prints in snapshot.blocks:
+            if len(prints):
+                process.mmap(prints, addr=address)
+        for vma in process.vmas:
+            size = machine.page_size
+            process.madvise(vma.start * size, (vma.end - vma.start) * size, MADV_MERGEABLE)
+        processes.append(process)
+    return processes
+
+
+def _unused(machine: Machine, name: str) -> str:
+    """The same source may be given several times: they are as many processes."""
+    taken = machine.processes
+    if name not in taken:
+        return name
+    return next(other for n in range(2, 1 << 30) if (other := f"{name} ({n})") not in taken)
