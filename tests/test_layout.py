@@ -27,7 +27,7 @@ LAYERS = [
     {"pages"},  # drives the hash that _core holds
     {"stats"},
     {"sysfs"},
-    {"check", "ksmd", "stepper"},
+    {"check", "ksmd", "stepper", "vmas"},
     {"machine"},  # holds its ksmd
     {"sources", "linux"},
     {"estimate", "plan", "advise", "trace"},
