@@ -6,6 +6,9 @@ Pages are given by their virtual page number (`vpn`), `n` counts pages, a space 
 
 from typing import Any, final
 
+import numpy as np
+import numpy.typing as npt
+
 class FramesExhausted(Exception):
     """The simulated RAM has no frame left; ksm.machine reclaims, or says who asked."""
 
@@ -121,3 +124,14 @@ class Engine:
     def unmerge_all(self) -> None: ...
     def sweep_stable(self) -> bool: ...
     def dump(self) -> dict[str, Any]: ...
+
+def fingerprint_forms() -> tuple[str, ...]:
+    """The forms of the hash that were compiled in, best first."""
+
+def fingerprint_pages(
+    pages: npt.NDArray[np.uint8],
+    out: npt.NDArray[np.uint64],
+    zero: npt.NDArray[np.uint8] | None = None,
+    variant: str | None = None,
+) -> None:
+    """Write XXH3-128 of every page (n, page_size) to `out` (n, 2: high, low), and to `zero` (n,) whether it is zeros."""

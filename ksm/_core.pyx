@@ -38,7 +38,8 @@ from ksm._cy.page cimport page_compare, page_is_zero, prefix_key
 from ksm._cy.rbtree cimport INDEX, VALUE_FLAG, Node, rb_erase, rb_insert, rb_is_red, rb_parent
 from ksm._cy.table cimport (
     Table, table_clear, table_free, table_next, table_put, table_remove, table_reserve, table_start)
-from ksm._cy.xxh3 cimport xxh3_128_best
+from ksm._cy.xxh3 cimport (
+    XXH3_FORM_BEST, XXH3_FORM_NEON, XXH3_FORM_SCALAR, XXH3_FORM_SSE2, fingerprint_run_form, xxh3_128_best, xxh3_forms)
 from ksm._cy.types cimport (
     CHAIN, DUP, FIRST_FRAME, FREE_NODE, HASHED, HUGE, IN_NONE, IN_STABLE, IN_UNSTABLE, KSM, KSM_ZERO,
     LAZY, MIGRATING, NOTHING, OWNED, PLAIN, SLOTS, SWAPPED_KSM, ZERO_PAGE, Block, Frame, Space, StableNode)
@@ -1925,3 +1926,67 @@ cdef class Engine:
 
 cdef object dump_node(const Node *t, uint32_t n):
     return t[n].left, t[n].right, rb_parent(t, n), bool(rb_is_red(t, n)), t[n].value
+
+
+# ---- fingerprints, without any engine ----------------------------------------------------------
+
+_FORMS = {"scalar": XXH3_FORM_SCALAR, "sse2": XXH3_FORM_SSE2, "neon": XXH3_FORM_NEON}
+
+
+def fingerprint_forms():
+    """The forms of the hash that were compiled in, best first.
+
+    >>> fingerprint_forms()[-1]
+    'scalar'
+    """
+    cdef int i = 0
+    names = []
+    while xxh3_forms[i]:
+        names += [name for name, form in _FORMS.items() if form == xxh3_forms[i]]
+        i += 1
+    return tuple(names)
+
+
+def fingerprint_pages(const uint8_t[:, ::1] pages not None, uint64_t[:, ::1] out not None,
+                      uint8_t[::1] zero=None, variant=None):
+    """Write XXH3-128 of every page to `out` (high, low), and to `zero` whether it is all zeros. O(bytes).
+
+    `variant` names one of `fingerprint_forms()`; any other is a ValueError. Releases the GIL.
+
+    >>> import numpy as np
+    >>> out = np.empty((1, 2), np.uint64)
+    >>> fingerprint_pages(np.zeros((1, 4096), np.uint8), out)
+    >>> f"{out[0, 0]:x} {out[0, 1]:x}"
+    '3ee8dc4f9e7ee495 93d76fe148c689ba'
+    """
+    cdef size_t count = pages.shape[0], size = pages.shape[1], i
+    cdef int form = XXH3_FORM_BEST
+    if variant is not None:
+        if variant not in fingerprint_forms():
+            raise ValueError(f"no {variant!r} in this build: it has {', '.join(fingerprint_forms())}")
+        form = _FORMS[variant]
+    if size <= 240 or size % 16:
+        raise ValueError(f"pages of {size} bytes: must be more than 240 and a multiple of 16")
+    if <size_t>out.shape[0] != count or out.shape[1] != 2 or (zero is not None and <size_t>zero.shape[0] != count):
+        raise ValueError(f"{count} pages need out ({count}, 2) and zero ({count},)")
+    if count == 0:
+        return
+    cdef const uint8_t *page = &pages[0, 0]
+    cdef uint64_t *words = &out[0, 0]
+    cdef uint8_t *zeros = NULL if zero is None else &zero[0]
+    cdef uint64_t *zero_words = NULL    # what the first zero page came to: a zero page is hashed once
+    with nogil:
+        if zeros == NULL:
+            fingerprint_run_form(form, page, count, size, words)
+        else:
+            for i in range(count):
+                zeros[i] = page_is_zero(page, size)
+                if zeros[i] and zero_words != NULL:
+                    words[0] = zero_words[0]
+                    words[1] = zero_words[1]
+                else:
+                    fingerprint_run_form(form, page, 1, size, words)
+                    if zeros[i]:
+                        zero_words = words
+                page += size
+                words += 2

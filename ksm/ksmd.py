@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from ksm._core import Engine, FramesExhausted
 from ksm.constants import RMAP_ITEM_BYTES
 from ksm.errors import OutOfMemoryError, kernel_error
-from ksm.sysfs import ATTRIBUTES, Profile
+from ksm.sysfs import Profile
 
 _NS = 1_000_000_000
 _UNLIMITED = 1 << 62  # a batch this long ends with its pass
@@ -265,8 +265,6 @@ class Ksmd:
             elif name == "sleep_millisecs":
                 self._wake = self._now
             elif name == "advisor_mode":
-                floor = self._values["advisor_min_pages_to_scan"] if value else ATTRIBUTES["pages_to_scan"].default
-                self._values["pages_to_scan"] = floor
                 self._advisor = ScanTimeAdvisor()
             elif name in _ENGINE_TUNABLES:
                 self._apply(name)

@@ -6,7 +6,7 @@ import errno
 import os
 import threading
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, TypeVar
 
@@ -40,6 +40,7 @@ from ksm.errors import NoSuchProcessError, OutOfMemoryError, kernel_error
 from ksm.ksmd import Ksmd
 from ksm.pages import Fingerprints, as_pages, fingerprint
 from ksm.sysfs import StateSysfs, Sysfs, profile
+from ksm.vmas import Vma, VmaList
 
 T = TypeVar("T")
 
@@ -60,22 +61,6 @@ _KNOWN_ADVICE = _PLAIN_ADVICE | {
     MADV_NOHUGEPAGE,
     MADV_PAGEOUT,
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Vma:
-    """One mapped range of an address space, in page numbers: [start, end).
-
-    >>> Vma(0, 4).end
-    4
-    """
-
-    start: int
-    end: int
-    prot: int = PROT_READ | PROT_WRITE
-    mergeable: bool = False
-    huge: bool | None = None
-    node: int = 0
 
 
 class Machine:
@@ -149,7 +134,7 @@ class Machine:
         self._processes: dict[str, Process] = {}
         self._next_pid = 1
         self.ksmd = Ksmd(self._engine, self._lock, self.kernel)
-        self.ksm: Sysfs = StateSysfs(self.ksmd, self.kernel, page_size)
+        self.ksm: Sysfs = StateSysfs(self.ksmd, self.kernel, page_size, self._lock)
 
     def spawn(self, name: str | None = None) -> Process:
         """Start a process with an empty address space; names are unique among the living.
@@ -273,7 +258,7 @@ class Process:
         self._lock = machine._lock
         self._page = machine.page_size
         self._mm = self._engine.new_space()
-        self._vmas: list[Vma] = []
+        self._vmas = VmaList()
         self._merge_any = False
         self._alive = True
 
@@ -321,6 +306,8 @@ class Process:
             if (start + n) * self._page > _END_ADDRESS:
                 raise kernel_error(errno.ENOMEM, f"mmap of {length} bytes at {addr:#x} ends beyond the address space")
             self._unmap(start, n)
+        if self.merge_any:
+            self._engine.register(self._mm)  # ksmd lets go of a space without marks, merge-any or not
         self._insert(Vma(start, start + n, prot, self.merge_any, None, node))
         return start * self._page
 
@@ -331,6 +318,7 @@ class Process:
         _require_host_memory(present, _BOOKKEEPING_BYTES * present)
         address = self._map(n * self._page, prot, addr, node)
         start = address // self._page
+        self._vmas.found_family(self._vmas.at(start) or Vma(start, start + n))
         for at, pages, there in blocks:
 
             def populate(at: int = at, pages: Any = pages, there: Any = there) -> None:
@@ -398,10 +386,10 @@ class Process:
                 return
             end = start + -(-length // self._page)
             at = start
-            for vma in self._overlapping(start, end):
+            for vma in self._vmas.overlapping(start, end):
                 if vma.start > at:
                     break
-                self._change(max(start, vma.start), min(end, vma.end), prot=prot)
+                self._vmas.change(max(start, vma.start), min(end, vma.end), prot=prot)
                 at = vma.end
             if at < end:
                 raise kernel_error(errno.ENOMEM, f"mprotect: {at * self._page:#x} is not mapped")
@@ -419,22 +407,27 @@ class Process:
         with self._lock:
             self._require_alive()
             vma, start, n_old, n_new = self._mremap_arguments(addr, old, new, flags, new_addr)
-            if flags & (MREMAP_FIXED | MREMAP_DONTUNMAP):
-                target = self._mremap_target(new_addr, n_new, flags)
-                return self._move(vma, start, n_old, n_new, target, flags)
+            # Since 6.17 a move of unchanged size takes all the mappings in the range, and leaves out the holes.
+            many = self.machine.kernel.number >= (6, 17) and flags & MREMAP_FIXED and n_old == n_new
+            moves = bool(flags & (MREMAP_FIXED | MREMAP_DONTUNMAP))
+            kept = min(n_old, n_new)
+            if start + kept > vma.end and (moves or n_new > n_old) and not many:
+                raise kernel_error(errno.EFAULT, f"mremap: {addr:#x} and {old} bytes span several mappings")
+            if n_new < n_old:
+                self._unmap(start + n_new, n_old - n_new)
+            if moves:
+                return self._move(start, kept, n_new, self._mremap_target(new_addr, n_new, flags), flags)
             if n_new <= n_old:
-                if n_new < n_old:
-                    self._unmap(start + n_new, n_old - n_new)
                 return addr
             grown = start + n_new
-            if start + n_old == vma.end and not self._overlapping(vma.end, grown):
+            if start + n_old == vma.end and not self._vmas.overlapping(vma.end, grown):
                 if grown * self._page > _END_ADDRESS:
                     raise kernel_error(errno.ENOMEM, "mremap beyond the address space")
                 self._insert(replace(vma, start=vma.end, end=grown))
                 return addr
             if not flags & MREMAP_MAYMOVE:
                 raise kernel_error(errno.ENOMEM, f"mremap cannot grow {addr:#x} in place")
-            return self._move(vma, start, n_old, n_new, self._free_range(n_new), flags)
+            return self._move(start, n_old, n_new, self._free_range(n_new), flags)
 
     def _mremap_arguments(
         self, addr: int, old: int, new: int, flags: int, new_addr: int | None
@@ -447,7 +440,7 @@ class Process:
             or addr % self._page
             or n_new <= 0
             or n_old < 0
-            or new * 1 > _END_ADDRESS
+            or new > _END_ADDRESS
         )
         start = addr // self._page
         if not bad and flags & (MREMAP_FIXED | MREMAP_DONTUNMAP) and new_addr is not None:
@@ -459,13 +452,11 @@ class Process:
             )
         if bad:
             raise kernel_error(errno.EINVAL, f"mremap({addr:#x}, {old}, {new}, {flags})")
-        vma = self._vma_at(start)
+        vma = self._vmas.at(start)
         if vma is None:
             raise kernel_error(errno.EFAULT, f"mremap: {addr:#x} is not mapped")
         if n_old == 0:
             raise kernel_error(errno.EINVAL, "mremap of 0 bytes of private memory")
-        if start + n_old > vma.end:
-            raise kernel_error(errno.EFAULT, f"mremap: {addr:#x} and {old} bytes span several mappings")
         return vma, start, n_old, n_new
 
     def _mremap_target(self, new_addr: int | None, n_new: int, flags: int) -> int:
@@ -474,22 +465,24 @@ class Process:
                 raise kernel_error(errno.EINVAL, "mremap: MREMAP_FIXED without an address")
             return self._free_range(n_new)
         target = new_addr // self._page
-        if flags & MREMAP_FIXED:
-            self._unmap(target, n_new)
-        elif self._overlapping(target, target + n_new):
+        if not flags & MREMAP_FIXED and self._vmas.overlapping(target, target + n_new):
             return self._free_range(n_new)
         return target
 
-    def _move(self, vma: Vma, start: int, n_old: int, n_new: int, target: int, flags: int) -> int:
-        if n_new < n_old:
-            self._unmap(start + n_new, n_old - n_new)
-            n_old = n_new
-        if vma.mergeable:
-            self._unmerge(start, n_old, "moving")
-        self._engine.move(self._mm, start, target, n_old, vma.mergeable)
-        if not flags & MREMAP_DONTUNMAP:
-            self._remove(start, start + n_old)
-        self._insert(replace(vma, start=target, end=target + n_new))
+    def _move(self, start: int, n_old: int, n_new: int, target: int, flags: int) -> int:
+        """Move every mapping of a range to its place at `target`; the last one takes up the growth."""
+        for vma in self._vmas.overlapping(start, start + n_old):
+            low, high = max(start, vma.start), min(start + n_old, vma.end)
+            place = target + low - start
+            size = high - low + (n_new - n_old if high == start + n_old else 0)
+            self._unmap(place, size)
+            if vma.mergeable:
+                self._unmerge(low, high - low, "moving")
+            self._engine.move(self._mm, low, place, high - low, vma.mergeable)
+            if not flags & MREMAP_DONTUNMAP:
+                self._remove(low, high)
+            moved = vma.moved + place - low if vma.family else 0
+            self._insert(replace(vma, start=place, end=place + size, moved=moved))
         return target * self._page
 
     # ---- access --------------------------------------------------------------------------------
@@ -515,6 +508,8 @@ class Process:
                 vpn, offset = divmod(addr + done, self._page)
                 vma = self._accessible(vpn, PROT_WRITE)
                 part = view[done : done + self._page - offset]
+                if not vma.family:
+                    self._vmas.found_family(vma)
                 self._fault_huge(vma, vpn)
 
                 def work(vpn: int = vpn, offset: int = offset, part: memoryview = part, vma: Vma = vma) -> None:
@@ -549,7 +544,7 @@ class Process:
             return b"".join(parts)
 
     def _accessible(self, vpn: int, prot: int) -> Vma:
-        vma = self._vma_at(vpn)
+        vma = self._vmas.at(vpn)
         if vma is None or not vma.prot & prot:
             raise kernel_error(errno.EFAULT, f"{self.name} at {vpn * self._page:#x}")
         return vma
@@ -587,10 +582,12 @@ class Process:
             start = self._aligned(addr, "madvise")
             if length < 0 or addr + length > 1 << 64:
                 raise kernel_error(errno.EINVAL, f"madvise of {length} bytes")
+            if length == 0:
+                return
             end = start + -(-length // self._page)
             at = start
             hole = False
-            for vma in self._overlapping(start, end):
+            for vma in self._vmas.overlapping(start, end):
                 hole = hole or vma.start > at
                 low = max(start, vma.start)
                 self._advise(vma, low, min(end, vma.end) - low, advice)
@@ -600,8 +597,9 @@ class Process:
 
     def _advise(self, vma: Vma, start: int, n: int, advice: int) -> None:
         if advice == MADV_MERGEABLE:
-            self._mark(start, n, True)
-            self._engine.register(self._mm)
+            if not vma.mergeable:
+                self._mark(start, n, True)
+                self._engine.register(self._mm)
         elif advice == MADV_UNMERGEABLE:
             if vma.mergeable:
                 self._unmerge(start, n, "unmerging")
@@ -613,7 +611,7 @@ class Process:
         elif advice == MADV_PAGEOUT:
             self._engine.page_out(self._mm, start, n)
         elif advice in (MADV_HUGEPAGE, MADV_NOHUGEPAGE):
-            self._change(start, start + n, huge=advice == MADV_HUGEPAGE)
+            self._vmas.change(start, start + n, huge=advice == MADV_HUGEPAGE)
 
     def prctl(self, option: int, arg2: int = 0, arg3: int = 0, arg4: int = 0, arg5: int = 0) -> int:
         """PR_SET_MEMORY_MERGE (any nonzero arg2 is on) and PR_GET_MEMORY_MERGE.
@@ -649,7 +647,7 @@ class Process:
         >>> p.merge_any
         True
         """
-        return self._merge_any and self._engine.registered(self._mm)
+        return self._merge_any
 
     @merge_any.setter
     def merge_any(self, on: bool) -> None:
@@ -660,16 +658,20 @@ class Process:
             return
         self._engine.register(self._mm)
         self._merge_any = True
-        for vma in list(self._vmas):
-            self._mark(vma.start, vma.end - vma.start, True)
+        for vma in self._vmas:
+            self._engine.mark(self._mm, vma.start, vma.end - vma.start, True)
+        self._vmas.change_all(mergeable=True)
+        self._note_marks()
 
     def _stop_merge_any(self) -> None:
         if not self.merge_any:
             return
-        for vma in list(self._vmas):
+        for vma in self._vmas:
             if vma.mergeable:
                 self._unmerge(vma.start, vma.end - vma.start, "unmerging")
-                self._mark(vma.start, vma.end - vma.start, False)
+                self._engine.mark(self._mm, vma.start, vma.end - vma.start, False)
+        self._vmas.change_all(mergeable=False)
+        self._note_marks()
         self._merge_any = False
 
     # ---- life ----------------------------------------------------------------------------------
@@ -684,7 +686,7 @@ class Process:
         with self._lock:
             self._require_alive()
             child = self.machine.spawn(name)
-            child._vmas = list(self._vmas)
+            child._vmas = self._vmas.forked()
             child._merge_any = self.merge_any
             self._engine.fork(self._mm, child._mm)
             if self._engine.registered(self._mm):
@@ -703,7 +705,7 @@ class Process:
         with self._lock:
             self._require_alive()
             self._alive = False
-            self._vmas = []
+            self._vmas = VmaList()
             self._engine.exit_space(self._mm)
             del self.machine._processes[self.name]
 
@@ -732,7 +734,7 @@ class Process:
                 "ksm_merging_pages": merging,
                 "ksm_process_profit": (merging + zero) * self._page - items * RMAP_ITEM_BYTES,
                 "ksm_merge_any": self.merge_any,
-                "ksm_mergeable": any(vma.mergeable for vma in self._vmas),
+                "ksm_mergeable": self._vmas.any_mergeable,
             }
 
     @property
@@ -772,81 +774,33 @@ class Process:
             raise kernel_error(errno.EINVAL, f"{what}: {addr:#x} is not a multiple of {self._page}")
         return addr // self._page
 
-    def _position(self, vpn: int) -> int:
-        """Index of the first VMA that ends after vpn. O(log VMAs)."""
-        low, high = 0, len(self._vmas)
-        while low < high:
-            middle = (low + high) // 2
-            if self._vmas[middle].end <= vpn:
-                low = middle + 1
-            else:
-                high = middle
-        return low
-
-    def _vma_at(self, vpn: int) -> Vma | None:
-        at = self._position(vpn)
-        return self._vmas[at] if at < len(self._vmas) and self._vmas[at].start <= vpn else None
-
-    def _overlapping(self, start: int, end: int) -> list[Vma]:
-        first = last = self._position(start)
-        while last < len(self._vmas) and self._vmas[last].start < end:
-            last += 1
-        return self._vmas[first:last]
-
     def _free_range(self, n: int) -> int:
-        start = max(_FIRST_ADDRESS // self._page, self._vmas[-1].end + 1 if self._vmas else 0)
+        """A free range of n pages, above what is mapped if possible, aligned for huge pages."""
         size = self._page // 8
+        start = max(_FIRST_ADDRESS // self._page, self._vmas.end + 1)
         start += -start % size
         if (start + n) * self._page <= _END_ADDRESS:
             return start
-        start = 16
-        for vma in self._vmas:
-            if vma.start - start >= n:
-                return start
-            start = vma.end
-        raise kernel_error(errno.ENOMEM, f"no free range of {n} pages in {self.name}")
-
-    def _replace(self, start: int, end: int, new: list[Vma]) -> None:
-        """Put `new` in place of everything in [start, end), joining equal neighbours."""
-        first = max(0, self._position(start) - 1)
-        last = first
-        while last < len(self._vmas) and self._vmas[last].start <= end:
-            last += 1
-        old = self._vmas[first:last]
-        parts = [replace(vma, end=min(vma.end, start)) for vma in old if vma.start < start]
-        parts += new
-        parts += [replace(vma, start=max(vma.start, end)) for vma in old if vma.end > end]
-        joined: list[Vma] = []
-        for vma in parts:
-            if joined and joined[-1].end == vma.start and replace(joined[-1], end=vma.end) == replace(
-                vma, start=joined[-1].start
-            ):
-                joined[-1] = replace(joined[-1], end=vma.end)
-            else:
-                joined.append(vma)
-        self._vmas[first:last] = joined
-        self._note_marks()
+        gap = self._vmas.gap(16, _END_ADDRESS // self._page, n)
+        if gap is None:
+            raise kernel_error(errno.ENOMEM, f"no free range of {n} pages in {self.name}")
+        return gap
 
     def _insert(self, vma: Vma) -> None:
-        self._replace(vma.start, vma.end, [vma])
+        self._vmas.insert(vma)
+        self._note_marks()
 
     def _remove(self, start: int, end: int) -> None:
-        self._replace(start, end, [])
-
-    def _change(self, start: int, end: int, **what: Any) -> None:
-        """Change attributes of the mapped parts of a range."""
-        parts = [
-            replace(vma, start=max(start, vma.start), end=min(end, vma.end), **what)
-            for vma in self._overlapping(start, end)
-        ]
-        self._replace(start, end, parts)
+        self._vmas.remove(start, end)
+        self._note_marks()
 
     def _note_marks(self) -> None:
-        self._engine.set_any_marked(self._mm, any(vma.mergeable for vma in self._vmas))
+        self._engine.set_any_marked(self._mm, self._vmas.any_mergeable)
 
     def _mark(self, start: int, n: int, mergeable: bool) -> None:
         self._engine.mark(self._mm, start, n, mergeable)
-        self._change(start, start + n, mergeable=mergeable)
+        self._vmas.change(start, start + n, mergeable=mergeable)
+        self._note_marks()
 
     def _unmap(self, start: int, n: int) -> None:
         self._engine.unmap(self._mm, start, n)

@@ -1,0 +1,150 @@
+/* A process that does as it is told: one command a packet on descriptor 3, one reply each.
+ *
+ * Its own memory must not show in KSM's counters: it allocates nothing, and when its process opts in to merging
+ * as a whole it takes every mapping outside the arena out again at once.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <setjmp.h>
+#include <signal.h>
+#include <stdint.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/prctl.h>
+#include <sys/socket.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#define CHANNEL 3
+#define ARENA_START 0x100000000000ull
+#define ARENA_END 0x110000000000ull
+#define MAX_DATA (48 * 4096)
+
+enum { MMAP = 1, WRITE, READ, MADVISE, MUNMAP, MPROTECT, MREMAP, PRCTL, FORK, EXIT };
+
+struct command { uint64_t op, a, b, c, d, e; };
+struct reply { int64_t value; int64_t error; };
+
+static struct { struct command c; unsigned char data[MAX_DATA]; } in;
+static struct { struct reply r; unsigned char data[MAX_DATA]; } out;
+static char maps[65536];
+static sigjmp_buf fault;
+
+static void on_fault(int number) { (void)number; siglongjmp(fault, 1); }
+
+static uint64_t hex(const char **p)
+{
+	uint64_t value = 0;
+	for (;; ++*p) {
+		char c = **p;
+		if (c >= '0' && c <= '9') value = value << 4 | (c - '0');
+		else if (c >= 'a' && c <= 'f') value = value << 4 | (c - 'a' + 10);
+		else return value;
+	}
+}
+
+/* Take all mappings outside the arena out of merging. */
+static void unmark_self(void)
+{
+	size_t have = 0;
+	ssize_t n;
+	int fd = open("/proc/self/maps", O_RDONLY);
+	while ((n = read(fd, maps + have, sizeof maps - 1 - have)) > 0) have += n;
+	close(fd);
+	maps[have] = 0;
+	for (const char *p = maps; *p; ++p) {
+		uint64_t start = hex(&p), end;
+		++p;
+		end = hex(&p);
+		if (end <= ARENA_START || start >= ARENA_END)
+			madvise((void *)start, end - start, MADV_UNMERGEABLE);
+		while (*p && *p != '\n') ++p;
+		if (!*p) break;
+	}
+}
+
+static int take_descriptor(struct msghdr *message)
+{
+	struct cmsghdr *c = CMSG_FIRSTHDR(message);
+	int fd = -1;
+	if (c && c->cmsg_type == SCM_RIGHTS) memcpy(&fd, CMSG_DATA(c), sizeof fd);
+	return fd;
+}
+
+static int64_t answer(int64_t value)
+{
+	out.r.value = value;
+	out.r.error = value < 0 ? errno : 0;
+	return value;
+}
+
+/* Touch memory page by page, as a program would; EFAULT from the first page that faults on. */
+static void access_memory(int writing)
+{
+	unsigned char *at = (unsigned char *)in.c.a;
+	volatile size_t done = 0;
+	if (sigsetjmp(fault, 1)) {
+		errno = EFAULT;
+		answer(-1);
+		return;
+	}
+	while (done < in.c.b) {
+		size_t part = 4096 - ((uintptr_t)(at + done) & 4095);
+		if (part > in.c.b - done) part = in.c.b - done;
+		if (writing) memcpy(at + done, in.data + done, part);
+		else memcpy(out.data + done, at + done, part);
+		done += part;
+	}
+	answer(0);
+}
+
+int main(void)
+{
+	struct sigaction action = {.sa_handler = on_fault, .sa_flags = SA_NODEFER};
+	sigaction(SIGSEGV, &action, NULL);
+	sigaction(SIGBUS, &action, NULL);
+	signal(SIGCHLD, SIG_IGN);
+	prctl(PR_SET_PDEATHSIG, SIGKILL);
+	for (;;) {
+		struct iovec vector = {&in, sizeof in};
+		char control[CMSG_SPACE(sizeof(int))];
+		struct msghdr message = {.msg_iov = &vector, .msg_iovlen = 1, .msg_control = control,
+					 .msg_controllen = sizeof control};
+		size_t size = sizeof out.r;
+		if (recvmsg(CHANNEL, &message, 0) < (ssize_t)sizeof in.c) _exit(0);
+		switch (in.c.op) {
+		case MMAP:
+			answer(syscall(SYS_mmap, in.c.a, in.c.b, in.c.c,
+				       MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED | MAP_NORESERVE, -1, 0));
+			break;
+		case WRITE: access_memory(1); break;
+		case READ: access_memory(0); size += in.c.b; break;
+		case MADVISE: answer(syscall(SYS_madvise, in.c.a, in.c.b, in.c.c)); break;
+		case MUNMAP: answer(syscall(SYS_munmap, in.c.a, in.c.b)); break;
+		case MPROTECT: answer(syscall(SYS_mprotect, in.c.a, in.c.b, in.c.c)); break;
+		case MREMAP: answer(syscall(SYS_mremap, in.c.a, in.c.b, in.c.c, in.c.d, in.c.e)); break;
+		case PRCTL:
+			answer(syscall(SYS_prctl, in.c.a, in.c.b, in.c.c, in.c.d, in.c.e));
+			if (in.c.a == 67 && out.r.value == 0 && in.c.b) unmark_self();
+			break;
+		case FORK: {
+			int channel = take_descriptor(&message);
+			pid_t child = fork();
+			if (child == 0) {
+				prctl(PR_SET_PDEATHSIG, 0);
+				dup2(channel, CHANNEL);
+				close(channel);
+				answer(0);
+				break;
+			}
+			answer(child);
+			close(channel);
+			break;
+		}
+		case EXIT: _exit(0);
+		default: errno = ENOSYS; answer(-1);
+		}
+		if (send(CHANNEL, &out, size, 0) < 0) _exit(0);
+	}
+}
