@@ -423,7 +423,8 @@ class Host:
 
         Holds the lock. Afterwards, also after an error, every tunable has its old value again, those that the
         caller changed too; where pages merged meanwhile stand in the way of that they are unmerged. `unmerge`
-        gives every page of the host a private copy at the end in any case.
+        gives every page of the host a private copy at the end in any case. A process that is killed restores
+        nothing: ksmd then stays parked, with `sleep_millisecs` at 10,000 seconds.
 
         Inside, leave `run`, `pages_to_scan`, `sleep_millisecs` and `advisor_mode` alone.
 

@@ -436,11 +436,21 @@ class Sysfs(ABC):
 
     @abstractmethod
     def names(self) -> tuple[str, ...]:
-        """The files that there are, in the order of `ATTRIBUTES`."""
+        """The files that there are, in the order of `ATTRIBUTES`.
+
+        >>> from ksm import Machine
+        >>> Machine().ksm.names()[:3]
+        ('run', 'pages_to_scan', 'sleep_millisecs')
+        """
 
     @abstractmethod
     def read(self, name: str) -> str:
-        """What the file holds, with its newline. OSError: ENOENT."""
+        """What the file holds, with its newline. OSError: ENOENT.
+
+        >>> from ksm import Machine
+        >>> Machine().ksm.read("advisor_mode")
+        '[none] scan-time\\n'
+        """
 
     @abstractmethod
     def write(self, name: str, text: str | bytes) -> None:
@@ -448,16 +458,29 @@ class Sysfs(ABC):
 
         OSError: ENOENT; EACCES for a read-only file; EINVAL, ERANGE or EBUSY for a value that it does not take.
         An empty text changes nothing.
+
+        >>> from ksm import Machine
+        >>> Machine().ksm.write("run", "1\\n")
         """
 
     def snapshot(self) -> Stats:
-        """All counters at one moment, and what derives from them."""
+        """All counters at one moment, and what derives from them; a running kernel's are read one after the other.
+
+        >>> from ksm import Machine
+        >>> Machine().ksm.snapshot().saved_bytes
+        0
+        """
         present = set(self.names())
         counters = [f.name for f in fields(Stats) if f.name in present]
         return Stats(page_size=self.page_size, **{name: int(self.read(name)) for name in counters})
 
     def tunables(self) -> dict[str, int | bool | str]:
-        """The present values of the writable files, typed, by name."""
+        """The present values of the writable files, typed, by name.
+
+        >>> from ksm import Machine
+        >>> Machine(kernel="5.15").ksm.tunables()["max_page_sharing"]
+        256
+        """
         return {name: getattr(self, name) for name in self.names() if name in ATTRIBUTES and ATTRIBUTES[name].writable}
 
     def __repr__(self) -> str:
