@@ -186,7 +186,8 @@ class KernelSession:
         before = self._progress()
         switches = self._switches()
         self.write("run", "1")
-        deadline = time.monotonic() + 60
+        started = time.monotonic()
+        nudged = False
         spins = 0
         while True:
             scanned, passes = self._progress()
@@ -197,12 +198,21 @@ class KernelSession:
                 if self._switches() != switches:
                     break
                 time.sleep(0.0001)
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"ksmd did not finish a batch of {pages} in 60 s")
+            waited = time.monotonic() - started
+            if waited > 0.05 and not nudged and (scanned, passes) == before:
+                # It may have fallen asleep, not parked, between the last two writes of the step before.
+                nudged = True
+                self._change_sleep()
+            if waited > 60:
+                raise RuntimeError(f"ksmd did not finish a batch of {pages} in 60 s")
         self.write("run", "0")  # waits for the batch's end
+        self._change_sleep()
+        return self._progress() != before
+
+    def _change_sleep(self) -> None:
+        """Wake ksmd from its sleep: any change of sleep_millisecs does."""
         self._sleep = FOREVER_MS + (self._sleep == FOREVER_MS)
         self.write("sleep_millisecs", str(self._sleep))
-        return self._progress() != before
 
     def require_alone(self) -> None:
         """Nobody else on this host may have memory registered: its pages would be counted too."""
