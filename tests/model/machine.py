@@ -394,7 +394,6 @@ class ModelProcess:
             for vma in self._mm.vmas:
                 self._unmark(vma)
             self._mm.merge_any = False
-        self._mm.join(0, TOP)
         return 0
 
     @property
