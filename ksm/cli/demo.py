@@ -1,4 +1,4 @@
-"""`ksm demo`: eight live processes, simulated, and then merged by the kernel itself: do the counters agree?"""
+"""`ksm demo`: eight live processes, simulated, and then merged by the kernel itself, counters side by side."""
 
 from __future__ import annotations
 

@@ -20,6 +20,7 @@ from ksm.sources.pagemap import Pagemap
 # frames, device memory, not to be expanded, hugetlb, mixed, droppable.
 _NEVER = frozenset({"sh", "ms", "pf", "io", "de", "ht", "mm", "dp"})
 _MARKED = "mg"
+_NO_MEMORY = "has no memory of its own: a kernel thread, or it has exited"
 _GAP = 64  # absent slots that end a block
 
 
@@ -108,6 +109,8 @@ class ProcessImage(Image):
 
     def _explain(self, error: OSError) -> Exception:
         if error.errno in (errno.ENOENT, errno.ESRCH):
+            if os.path.exists(f"/proc/{self.pid}/stat"):
+                return SourceError(f"{self.name}: {_NO_MEMORY}")
             return SourceError(f"{self.name}: no such process")
         if error.errno in (errno.EACCES, errno.EPERM):
             return kernel_error(error.errno, f"{self.name}: its memory can be read by its own user or by root")
@@ -121,7 +124,7 @@ class ProcessImage(Image):
         except OSError as error:
             raise self._explain(error) from None
         if not areas:
-            raise SourceError(f"{self.name}: has no memory of its own (a kernel thread, or it has exited)")
+            raise SourceError(f"{self.name}: {_NO_MEMORY}")
         self.areas = tuple(areas)
         self._blocks: list[tuple[int, npt.NDArray[np.bool_]]] = []
         counts = dict.fromkeys(("file", "swapped", "zero page", "never mergeable", "not marked"), 0)

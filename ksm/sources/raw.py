@@ -93,7 +93,12 @@ class RawImage(Image):
 
 
 def open_regular(path: str) -> int:
-    """Open a regular file for reading; `SourceError` in one line for anything else."""
+    """Open a regular file for reading; `SourceError` in one line for anything else.
+
+    >>> open_regular("/")
+    Traceback (most recent call last):
+    ksm.errors.SourceError: /: a directory; an image must be a regular file
+    """
     try:
         fd = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0))
     except OSError as error:
