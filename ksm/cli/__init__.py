@@ -98,9 +98,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(arguments: Sequence[str] | None) -> int:
     try:
-        given = None if arguments is None else list(arguments)
-        code = cli.main(args=given, prog_name="ksm", standalone_mode=False)
-        return code if isinstance(code, int) else 0
+        given = list(sys.argv[1:] if arguments is None else arguments)
+        with cli.make_context("ksm", given) as context:  # not cli.main(), which has its own way with a broken pipe
+            cli.invoke(context)
+        return 0
     except click.exceptions.Exit as stop:
         return stop.exit_code
     except click.ClickException as error:
