@@ -17,7 +17,7 @@ import ksm
 from ksm.cli import demo
 from ksm.cli.common import out
 from ksm.cli.crew import Crew
-from ksm.errors import KsmError
+from ksm.errors import DisagreementError, KsmError
 from ksm.estimate import estimate
 from ksm.linux import Host
 from ksm.sources import ProcessImage, Snapshot
@@ -102,6 +102,7 @@ def test_differences_are_found_and_named() -> None:
     found.kernel = demo.Passes([dict(counts)], [dict(process)])
     demo._compare(found)
     assert found.differences == [] and found.same_after_each_pass
+    demo.require_agreement(found)
     found.kernel = demo.Passes([counts | {"pages_sharing": 3}], [process | {"ksm_rmap_items": 4}])
     demo._compare(found)
     assert found.differences == [
@@ -109,6 +110,9 @@ def test_differences_are_found_and_named() -> None:
         "ksm_rmap_items of render 1: kernel 4, ksm 2",
     ]
     demo._show_verdict(found, out())
+    with pytest.raises(DisagreementError, match="pages_sharing: kernel 3, ksm 1") as caught:
+        demo.require_agreement(found)
+    assert caught.value.exit_code == 4
 
 
 def test_what_keeps_the_kernel_out(tmp_path: Path) -> None:
