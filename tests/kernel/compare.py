@@ -3,39 +3,46 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
 from typing import Any
 
 from tests.kernel.program import Op, Program, apply, state
 
-Factory = Callable[[], Any]
+Step = tuple[str, dict[str, Any]]
+Factory = Callable[[Program], Any]
 REGRESSIONS = Path(__file__).with_name("regressions")
 
 
+def run(program: Program, factory: Factory) -> Generator[Step, None, None]:
+    """Each operation's result and the counters after it, on a machine made for the program."""
+    machine = factory(program)
+    managed: AbstractContextManager[Any] = machine if hasattr(machine, "__exit__") else nullcontext(machine)
+    with managed:
+        for op in program["ops"]:
+            yield apply(machine, op), state(machine)
+
+
 def difference(program: Program, kernel: Factory, ours: Factory) -> str | None:
-    """Run a program on both, step by step; a report of the first difference, or None."""
-    with kernel() as judge:
-        machine = ours()
-        for i, op in enumerate(program["ops"]):
-            report = _compare(i, op, judge, machine)
-            if report:
-                return report
+    """A report of the first difference between the two, or None."""
+    expected = list(run(program, kernel))
+    with closing(run(program, ours)) as steps:
+        for i, (op, want, have) in enumerate(zip(program["ops"], expected, steps, strict=True)):
+            if want != have:
+                return report(i, op, want, have)
     return None
 
 
-def _compare(i: int, op: Op, judge: Any, machine: Any) -> str | None:
-    expected, got = apply(judge, op), apply(machine, op)
-    lines = []
-    if expected != got:
-        lines.append(f"  result: kernel {expected}, ours {got}")
-    want, have = state(judge), state(machine)
-    for name in sorted(want.keys() | have.keys()):
-        if want.get(name) != have.get(name):
-            lines.append(f"  {name}: kernel {want.get(name)}, ours {have.get(name)}")
-    if not lines:
-        return None
-    return "\n".join([f"operation {i}: {op}", *lines])
+def report(i: int, op: Op, want: Step, have: Step) -> str:
+    """What differs after operation `i`, a line each."""
+    lines = [f"operation {i}: {op}"]
+    if want[0] != have[0]:
+        lines.append(f"  result: kernel {want[0]}, ours {have[0]}")
+    for name in sorted(want[1].keys() | have[1].keys()):
+        if want[1].get(name) != have[1].get(name):
+            lines.append(f"  {name}: kernel {want[1].get(name)}, ours {have[1].get(name)}")
+    return "\n".join(lines)
 
 
 def shrink(program: Program, differs: Callable[[Program], bool], limit: int = 400) -> Program:
@@ -58,9 +65,16 @@ def shrink(program: Program, differs: Callable[[Program], bool], limit: int = 40
     return {**program, "ops": ops}
 
 
-def keep(program: Program, report: str) -> Path:
+def keep(program: Program, found: str) -> Path:
     """Store a program that differed, as a regression test."""
     REGRESSIONS.mkdir(exist_ok=True)
-    path = REGRESSIONS / f"seed-{program['seed']}{'-swap' if program['swap'] else ''}.json"
-    path.write_text(json.dumps({**program, "found": report}, indent=1) + "\n")
+    path = REGRESSIONS / f"{program.get('style', 'seed')}-{program['seed']}.json"
+    head = json.dumps({**program, "found": found, "ops": []}, indent=1)
+    lines = ",\n".join(f"  {json.dumps(op)}" for op in program["ops"])
+    path.write_text(head.replace('"ops": []', f'"ops": [\n{lines}\n ]') + "\n")
     return path
+
+
+def kept() -> dict[str, Program]:
+    """The stored programs, by name."""
+    return {path.stem: json.loads(path.read_text()) for path in sorted(REGRESSIONS.glob("*.json"))}

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-import errno
 import fcntl
+import functools
 import os
 import re
 import signal
@@ -12,17 +12,23 @@ import socket
 import struct
 import subprocess
 import tempfile
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 
 SYSFS = Path("/sys/kernel/mm/ksm")
 LOCK = Path("/run/lock/ksm-kernel.lock")
 CGROUPS = Path("/sys/fs/cgroup/memory")
+ZRAM = Path("/sys/block/zram0")
+SWAP_BYTES = 256 << 20
 PAGE = 4096
 FOREVER_MS = 10_000_000
 UNLIMITED = 2_000_000_000
 NEVER_PRUNE = 100_000_000
+PATIENCE = 60.0  # seconds for one batch
 
 COUNTERS = (
     "pages_shared",
@@ -37,6 +43,7 @@ COUNTERS = (
     "ksm_zero_pages",
     "pages_skipped",
 )
+CUMULATIVE = ("pages_scanned", "pages_skipped")
 TUNABLES = {
     "run": "0",
     "advisor_mode": "none",
@@ -53,6 +60,13 @@ TUNABLES = {
     "advisor_target_scan_time": "200",
 }
 MMAP, WRITE, READ, MADVISE, MUNMAP, MPROTECT, MREMAP, PRCTL, FORK, EXIT = range(1, 11)
+COMMAND = struct.Struct("6Q")
+REPLY = struct.Struct("2q")
+LONGEST = 32 * PAGE  # bytes of data in one command
+
+
+class Unavailable(Exception):
+    """The running kernel cannot be the judge here and now; the message says why."""
 
 
 def why_not() -> str | None:
@@ -63,96 +77,85 @@ def why_not() -> str | None:
         return "driving the kernel's KSM needs root"
     if not (SYSFS / "smart_scan").exists() or not Path("/proc/self/ksm_stat").exists():
         return "the kernel is older than 6.7"
+    if not (CGROUPS / "memory.force_empty").exists():
+        return "no cgroup v1 memory controller, by which to flush the LRU caches"
+    try:
+        subprocess.run(["cc", "--version"], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "no C compiler"
     return None
 
 
 class KernelSession:
-    """Holds the kernel's KSM for one user: the lock, a parked ksmd, workers; puts everything back at the end."""
+    """Holds the kernel's KSM for one user: the lock, a parked ksmd, workers; puts everything back at the end.
+
+    `swap` gives the host a swap device on zram while the session lasts.
+    """
 
     def __init__(self, swap: bool = False) -> None:
         self._swap = swap
         self._files: dict[str, int] = {}
-        self._saved: dict[str, str] = {}
         self._sleep = FOREVER_MS
 
     def __enter__(self) -> KernelSession:
-        LOCK.parent.mkdir(parents=True, exist_ok=True)
-        self._lock = os.open(LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-        fcntl.flock(self._lock, fcntl.LOCK_EX)
-        try:
-            self._start()
-        except BaseException:
-            self.close()
-            raise
+        with ExitStack() as stack:
+            self._start(stack)
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
 
-    def _start(self) -> None:
-        ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER: orphaned workers come here
-        for name in TUNABLES:
-            text = (SYSFS / name).read_text().strip()
-            self._saved[name] = re.sub(r".*\[(.*)\].*", r"\1", text)
+    def close(self) -> None:
+        """Kill the workers, unmerge, and put everything back; a signal that comes meanwhile waits for the end."""
+        with held_back(signal.SIGINT, signal.SIGTERM):
+            self._stack.close()
+
+    def _start(self, stack: ExitStack) -> None:
+        reason = why_not()
+        if reason:
+            raise Unavailable(reason)
+        stack.enter_context(sigterm_unwinds())
+        stack.enter_context(locked(LOCK))
+        stack.enter_context(pinned())
+        require_unused()
         for name in [*TUNABLES, *COUNTERS]:
-            flags = os.O_RDWR if name in TUNABLES else os.O_RDONLY
-            self._files[name] = os.open(SYSFS / name, flags)
-        self._vmstat = os.open("/proc/vmstat", os.O_RDONLY)
-        ksmd = next(int(p.name) for p in Path("/proc").glob("[0-9]*") if (p / "comm").read_text() == "ksmd\n")
-        self._ksmd = os.open(f"/proc/{ksmd}/status", os.O_RDONLY)
-        self._directory = tempfile.TemporaryDirectory(prefix="ksm-worker-")
-        worker = Path(self._directory.name) / "worker"
-        source = Path(__file__).with_name("worker.c")
-        subprocess.run(["cc", "-O1", "-static", "-o", worker, source], check=True)
-        self._cgroup = CGROUPS / f"ksm-{os.getpid()}"
-        self._cgroup.mkdir(exist_ok=True)
-        self._flush = os.open(self._cgroup / "memory.force_empty", os.O_WRONLY)
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self.zygote = subprocess.Popen([worker], close_fds=False, preexec_fn=lambda: give_channel(theirs.fileno()))
-        theirs.close()
-        self._channel = ours
+            self._files[name] = opened(stack, SYSFS / name, os.O_RDWR if name in TUNABLES else os.O_RDONLY)
+        self._vmstat = opened(stack, Path("/proc/vmstat"), os.O_RDONLY)
+        self._ksmd = opened(stack, find_ksmd() / "stat", os.O_RDONLY)
+        if self._swap:
+            stack.enter_context(swap_on_zram())
+        stack.callback(self._restore, {name: selected(self.read(name)) for name in TUNABLES})
+        self._start_workers(stack)
         self.write("run", "0")
         self.write("advisor_mode", "none")
-        if self._swap:
-            self._start_swap()
+        self._park()
 
-    def _start_swap(self) -> None:
-        Path("/sys/block/zram0/reset").write_text("1")
-        Path("/sys/block/zram0/disksize").write_text("256M")
-        subprocess.run(["mkswap", "/dev/zram0"], check=True, stdout=subprocess.DEVNULL)
-        if ctypes.CDLL(None, use_errno=True).swapon(b"/dev/zram0", 0):
-            raise OSError(ctypes.get_errno(), "swapon /dev/zram0")
+    def _start_workers(self, stack: ExitStack) -> None:
+        """The zygote, in a memory cgroup of its own; every worker is its descendant."""
+        empty, work = (stack.enter_context(cgroup(f"ksm-{os.getpid()}-{which}")) for which in ("empty", "work"))
+        self._flush, self._evict = (opened(stack, group / "memory.force_empty", os.O_WRONLY) for group in (empty, work))
+        self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        stack.callback(self._channel.close)
+        with theirs:
+            zygote = subprocess.Popen([worker()], close_fds=False, preexec_fn=lambda: give_channel(theirs.fileno()))
+        stack.callback(zygote.wait)
+        stack.callback(kill_all, work)
+        (work / "cgroup.procs").write_text(str(zygote.pid))
 
-    def close(self) -> None:
-        """Kill the workers, unmerge, and put every tunable back."""
-        if self._files:
-            if hasattr(self, "zygote"):
-                self.zygote.kill()
-                self.zygote.wait()
-            self.write("run", "2")
-            self.write("run", "0")
-            for name in [n for n in self._saved if n not in ("run", "advisor_mode", "pages_to_scan")]:
-                self.write(name, self._saved[name])
-            if self._saved["advisor_mode"] == "none":
-                self.write("pages_to_scan", self._saved["pages_to_scan"])
-            self.write("advisor_mode", self._saved["advisor_mode"])
-            self.write("run", self._saved["run"])
-        if self._swap:
-            ctypes.CDLL(None).swapoff(b"/dev/zram0")
-            Path("/sys/block/zram0/reset").write_text("1")
-        for fd in self._files.values():
-            os.close(fd)
-        self._files = {}
-        if hasattr(self, "_flush"):
-            os.close(self._flush)
-            self._cgroup.rmdir()
-            del self._flush
-        os.close(self._lock)
+    def _restore(self, saved: dict[str, str]) -> None:
+        """All tunables as they were; KSM pages must go first, since they forbid changes."""
+        self.write("run", "2")
+        self.write("run", "0")
+        self.write("advisor_mode", "none")
+        for name in sorted(saved, key=["advisor_mode", "run"].count):  # these two last
+            if name != "pages_to_scan" or saved["advisor_mode"] == "none":
+                self.write(name, saved[name])
 
     # ---- files -----------------------------------------------------------------------------------
 
     def read(self, name: str) -> str:
-        return os.pread(self._files[name], 4096, 0).decode()
+        return os.pread(self._files[name], PAGE, 0).decode()
 
     def write(self, name: str, text: str | bytes) -> None:
         os.pwrite(self._files[name], text.encode() if isinstance(text, str) else text, 0)
@@ -162,90 +165,213 @@ class KernelSession:
 
     def vmstat(self) -> dict[str, int]:
         text = os.pread(self._vmstat, 65536, 0)
-        return {
-            name: int(re.search(rb"^%s (\d+)$" % name.encode(), text, re.M)[1])  # type: ignore[index]
-            for name in ("cow_ksm", "ksm_swpin_copy")
-        }
+        return {name: number_after(text, b"\n%s " % name.encode()) for name in ("cow_ksm", "ksm_swpin_copy")}
+
+    # ---- stepping --------------------------------------------------------------------------------
+
+    def step(self, pages: int) -> None:
+        """Exactly one batch of at most `pages` visits; ksmd is parked before and after."""
+        self.flush()
+        self.write("pages_to_scan", str(pages))
+        self.write("run", "1")
+        self._wait_for_sleep(f"a batch of {pages:,} pages")
+        self.write("run", "0")
+        self._park()
 
     def flush(self) -> None:
         """Empty the per-CPU lists that hold an extra reference on fresh pages."""
         os.write(self._flush, b"0")
 
-    # ---- stepping --------------------------------------------------------------------------------
-
-    def step(self, pages: int) -> None:
-        """Exactly one batch of at most `pages` visits, or none if nothing is registered; ksmd is parked around it."""
-        self.flush()
-        self.write("pages_to_scan", str(pages))
-        for _ in range(3):  # "nothing registered" is only believed when ksmd came to it three times
-            if self._let_go(pages):
-                return
-
-    def _let_go(self, pages: int) -> bool:
-        """Let ksmd run until it has done its batch, or looked and gone back to sleep; whether it did anything."""
-        before = self._progress()
-        switches = self._switches()
-        self.write("run", "1")
-        started = time.monotonic()
-        nudged = False
-        spins = 0
-        while True:
-            scanned, passes = self._progress()
-            if passes != before[1] or scanned - before[0] >= pages:
-                break
-            spins += 1
-            if spins > 20:
-                if self._switches() != switches:
-                    break
-                time.sleep(0.0001)
-            waited = time.monotonic() - started
-            if waited > 0.05 and not nudged and (scanned, passes) == before:
-                # It may have fallen asleep, not parked, between the last two writes of the step before.
-                nudged = True
-                self._change_sleep()
-            if waited > 60:
-                raise RuntimeError(f"ksmd did not finish a batch of {pages} in 60 s")
-        self.write("run", "0")  # waits for the batch's end
-        self._change_sleep()
-        return self._progress() != before
-
-    def _change_sleep(self) -> None:
-        """Wake ksmd from its sleep: any change of sleep_millisecs does."""
+    def _park(self) -> None:
+        """Move ksmd from its sleep between batches to its sleep until `run` changes."""
         self._sleep = FOREVER_MS + (self._sleep == FOREVER_MS)
         self.write("sleep_millisecs", str(self._sleep))
+        self._wait_for_sleep("being parked")
 
-    def require_alone(self) -> None:
-        """Nobody else on this host may have memory registered: its pages would be counted too."""
+    def _wait_for_sleep(self, what: str) -> None:
+        """Until ksmd sleeps again: the write that woke it returned, and waiting for locks is another state than S."""
+        deadline = time.monotonic() + PATIENCE
+        spins = 0
+        while b") S " not in os.pread(self._ksmd, 64, 0):
+            spins += 1
+            if spins > 20:
+                time.sleep(0.00005)
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"ksmd did not finish {what} in {PATIENCE:g} s")
+
+    def evict(self) -> None:
+        """Have the kernel reclaim all it can of the workers' memory."""
+        self.flush()
+        with suppress(BlockingIOError):
+            os.write(self._evict, b"0")
+
+    def require_idle(self) -> None:
+        """ksmd must find nothing registered: only then do counters start from nothing."""
         for _ in range(100):
-            before = self._progress()
+            before = self.number("full_scans"), self.number("pages_scanned")
             self.step(1)
-            if self._progress() == before:
+            if (self.number("full_scans"), self.number("pages_scanned")) == before:
                 return
             self.write("run", "2")
             self.write("run", "0")
-            time.sleep(0.1)
-        raise RuntimeError("another process on this host is registered with KSM")
-
-    def _progress(self) -> tuple[int, int]:
-        return self.number("pages_scanned"), self.number("full_scans")
-
-    def _switches(self) -> bytes:
-        text = os.pread(self._ksmd, 8192, 0)
-        return text[text.index(b"voluntary_ctxt_switches:") :].split(b"\n", 1)[0]
+            time.sleep(0.02)
+        raise Unavailable("another process on this host is registered with KSM")
 
     # ---- workers ---------------------------------------------------------------------------------
 
-    def fork(self, channel: socket.socket) -> tuple[int, socket.socket]:
-        """Have the worker at `channel` fork; the child's pid and channel."""
+    def fork(self, channel: socket.socket | None = None) -> tuple[int, socket.socket]:
+        """Have the worker at `channel`, or the zygote, fork; the child's pid and channel."""
+        channel = channel or self._channel
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        socket.send_fds(channel, [struct.pack("6Q", FORK, 0, 0, 0, 0, 0)], [theirs.fileno()])
-        value, _, _ = receive(channel)
-        theirs.close()
+        with theirs:
+            socket.send_fds(channel, [COMMAND.pack(FORK, 0, 0, 0, 0, 0)], [theirs.fileno()])
+            value, error, _ = receive(channel)
+        if error:
+            ours.close()
+            raise OSError(error, os.strerror(error))
         receive(ours)
         return value, ours
 
-    def fresh(self) -> tuple[int, socket.socket]:
-        return self.fork(self._channel)
+
+def opened(stack: ExitStack, path: Path, flags: int) -> int:
+    """A file descriptor that the stack closes."""
+    fd = os.open(path, flags)
+    stack.callback(os.close, fd)
+    return fd
+
+
+def selected(text: str) -> str:
+    """What a file holds, as it can be written back: `[none] scan-time` is `none`."""
+    return re.sub(r".*\[(.*)\].*", r"\1", text.strip())
+
+
+def number_after(text: bytes, name: bytes) -> int:
+    start = text.index(name) + len(name)
+    return int(text[start : text.index(b"\n", start)])
+
+
+def find_ksmd() -> Path:
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if (process / "comm").read_text() == "ksmd\n" and not os.path.exists(process / "exe"):
+                return process
+    raise Unavailable("ksmd is not to be seen; is this a container?")
+
+
+def is_mergeable(process: Path) -> bool:
+    with suppress(OSError):
+        return " yes" in (process / "ksm_stat").read_text()
+    return False
+
+
+def require_unused() -> None:
+    """Nobody's memory but ours may be registered: it would be scanned, counted and unmerged too."""
+    if (SYSFS / "run").read_text() == "1\n":
+        raise Unavailable("KSM is running on this host")
+    deadline = time.monotonic() + 2  # the last session's workers may still be on their way out
+    while found := [p for p in Path("/proc").glob("[0-9]*") if is_mergeable(p)]:
+        if time.monotonic() > deadline:
+            raise Unavailable(f"process {found[0].name} on this host has memory registered with KSM")
+        time.sleep(0.01)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def pinned() -> Iterator[None]:
+    """This thread and the workers on one CPU: a third of the time, since each waits for the other anyway."""
+    before = os.sched_getaffinity(0)
+    here = ctypes.CDLL(None).sched_getcpu()
+    os.sched_setaffinity(0, {here} & before or before)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+@contextmanager
+def sigterm_unwinds() -> Iterator[None]:
+    """SIGTERM ends the program the way an exception does, so that everything is put back."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def held_back(*signals: int) -> Iterator[None]:
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def cgroup(name: str) -> Iterator[Path]:
+    path = CGROUPS / name
+    path.mkdir(exist_ok=True)
+    try:
+        yield path
+    finally:
+        deadline = time.monotonic() + 5
+        while True:
+            try:
+                path.rmdir()
+                break
+            except OSError:  # busy: what was in it is still on its way out
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.001)
+
+
+@contextmanager
+def swap_on_zram() -> Iterator[None]:
+    """The host has swap space meanwhile, on /dev/zram0."""
+    if not ZRAM.is_dir():
+        raise Unavailable("no zram, on which to put swap space")
+    if (ZRAM / "disksize").read_text() != "0\n" or "zram0" in Path("/proc/swaps").read_text():
+        raise Unavailable("/dev/zram0 is in use")
+    libc = ctypes.CDLL(None, use_errno=True)
+    try:
+        (ZRAM / "disksize").write_text(str(SWAP_BYTES))
+        subprocess.run(["mkswap", "/dev/zram0"], check=True, capture_output=True)
+        if libc.swapon(b"/dev/zram0", 0):
+            raise OSError(ctypes.get_errno(), "swapon /dev/zram0")
+        yield
+    finally:
+        libc.swapoff(b"/dev/zram0")
+        (ZRAM / "reset").write_text("1")
+
+
+@functools.cache
+def worker() -> Path:
+    """The compiled worker; it goes with this process."""
+    directory = tempfile.TemporaryDirectory(prefix="ksm-worker-")
+    path = Path(directory.name) / "worker"
+    subprocess.run(["cc", "-O2", "-static", "-o", path, Path(__file__).with_name("worker.c")], check=True)
+    _directories.append(directory)
+    return path
+
+
+_directories: list[tempfile.TemporaryDirectory[str]] = []
 
 
 def give_channel(fd: int) -> None:
@@ -256,12 +382,24 @@ def give_channel(fd: int) -> None:
         os.dup2(fd, 3)
 
 
+def kill_all(group: Path) -> None:
+    """Kill every process of a cgroup: all of them are ours."""
+    for _ in range(1000):
+        pids = (group / "cgroup.procs").read_text().split()
+        if not pids:
+            return
+        for pid in pids:
+            with suppress(ProcessLookupError):
+                os.kill(int(pid), signal.SIGKILL)
+        time.sleep(0.001)
+
+
 def receive(channel: socket.socket) -> tuple[int, int, bytes]:
-    packet = channel.recv(1 << 17)
-    if len(packet) < 16:
+    packet = channel.recv(LONGEST + REPLY.size)
+    if len(packet) < REPLY.size:
         raise RuntimeError("a worker died")
-    value, error = struct.unpack_from("qq", packet)
-    return value, error, packet[16:]
+    value, error = REPLY.unpack_from(packet)
+    return value, error, packet[REPLY.size :]
 
 
 class RealProcess:
@@ -273,21 +411,25 @@ class RealProcess:
 
     def _call(self, op: int, *numbers: int, data: bytes = b"") -> tuple[int, bytes]:
         words = [n % (1 << 64) for n in numbers] + [0] * (5 - len(numbers))
-        self._channel.send(struct.pack("6Q", op, *words) + data)
+        self._channel.send(COMMAND.pack(op, *words) + data)
         value, error, rest = receive(self._channel)
         if error:
             raise OSError(error, os.strerror(error))
         return value, rest
 
     def mmap(self, length: int, prot: int = 3, addr: int | None = None, node: int = 0) -> int:
-        assert addr is not None
+        if addr is None or node:
+            raise NotImplementedError("the kernel is asked at fixed addresses, on its only node")
         return self._call(MMAP, addr, length, prot)[0]
 
     def write(self, addr: int, data: bytes) -> None:
-        self._call(WRITE, addr, len(data), data=data)
+        for i in range(0, len(data), LONGEST):
+            part = data[i : i + LONGEST]
+            self._call(WRITE, addr + i, len(part), data=part)
 
     def read(self, addr: int, n: int) -> bytes:
-        return self._call(READ, addr, n)[1]
+        parts = (self._call(READ, addr + i, min(LONGEST, n - i))[1] for i in range(0, n, LONGEST))
+        return b"".join(parts)
 
     def madvise(self, addr: int, length: int, advice: int) -> None:
         self._call(MADVISE, addr, length, advice)
@@ -308,23 +450,18 @@ class RealProcess:
         return self.machine._add(name, *self.machine.session.fork(self._channel))
 
     def exit(self) -> None:
-        self._channel.send(struct.pack("6Q", EXIT, 0, 0, 0, 0, 0))
-        while self._channel.recv(16):  # closed after the address space has gone
+        self._channel.send(COMMAND.pack(EXIT, 0, 0, 0, 0, 0))
+        while self._channel.recv(16):  # the end comes after the address space has gone
             pass
-        self._close()
-        del self.machine.processes[self.name]
-
-    def _close(self) -> None:
         self._channel.close()
         os.close(self._stat)
+        del self.machine.processes[self.name]
 
     @property
     def ksm_stat(self) -> dict[str, int | bool]:
-        found: dict[str, int | bool] = {}
-        for line in os.pread(self._stat, 4096, 0).decode().splitlines():
-            name, value = line.replace(":", "").split()
-            found[name] = value == "yes" if value in ("yes", "no") else int(value)
-        return found
+        words = os.pread(self._stat, PAGE, 0).decode().replace(":", "").split()
+        pairs = zip(words[::2], words[1::2], strict=True)
+        return {name: value == "yes" if value in ("yes", "no") else int(value) for name, value in pairs}
 
 
 class RealSysfs:
@@ -333,7 +470,7 @@ class RealSysfs:
     def __init__(self, session: KernelSession) -> None:
         self._session = session
         self.logical = {"run": 0, "pages_to_scan": 100, "sleep_millisecs": 20}
-        self.base = {name: session.number(name) for name in ("pages_scanned", "pages_skipped")}
+        self.base = {name: session.number(name) for name in CUMULATIVE}
 
     def read(self, name: str) -> str:
         if name in self.logical:
@@ -343,18 +480,21 @@ class RealSysfs:
         return self._session.read(name)
 
     def write(self, name: str, text: str | bytes) -> None:
-        if name not in self.logical:
-            self._session.write(name, text)
-            return
         plain = text.encode() if isinstance(text, str) else text
-        if name != "run":
-            self._session.write(name, plain)
-            if plain:
-                self.logical[name] = self._session.number(name)
+        if name == "run":
+            self._write_run(plain)
             return
-        number = re.fullmatch(rb"\+?0*([012])\n?", plain)
+        self._session.write(name, plain)
+        if name in self.logical and plain:
+            self.logical[name] = self._session.number(name)
+
+    def _write_run(self, plain: bytes) -> None:
+        """1 is only remembered: ksmd would start at once."""
+        number = re.fullmatch(rb"\+?0*([012])\n?", plain[:PAGE].split(b"\0")[0])
         if number is None:
             self._session.write("run", plain)
+            if plain and self._session.number("run") == 1:
+                raise AssertionError(f"the kernel takes {plain!r} for 1")
             return
         value = int(number[1])
         if value != self.logical["run"]:
@@ -379,20 +519,20 @@ class RealKsmd:
 class RealMachine:
     """A fresh start of the kernel's KSM, with processes of its own; one at a time in a session."""
 
+    page_size = PAGE
+
     def __init__(self, session: KernelSession) -> None:
         self.session = session
         self.processes: dict[str, RealProcess] = {}
-        self.page_size = PAGE
         session.write("run", "2")
         session.write("run", "0")
         for name, value in TUNABLES.items():
-            if name != "run":
+            if name not in ("run", "sleep_millisecs"):
                 session.write(name, value)
-        session.write("sleep_millisecs", str(session._sleep))
-        left = {name: session.number(name) for name in COUNTERS if name not in ("pages_scanned", "pages_skipped")}
+        left = {name: session.number(name) for name in COUNTERS if name not in CUMULATIVE}
         if any(left.values()):
-            raise RuntimeError(f"KSM is not empty at the start: {left}")
-        session.require_alone()
+            raise Unavailable(f"KSM is not empty at the start: {left}")
+        session.require_idle()
         self.ksm = RealSysfs(session)
         self.ksmd = RealKsmd(self)
         self._base = session.vmstat()
@@ -405,24 +545,15 @@ class RealMachine:
             process.exit()
 
     def spawn(self, name: str) -> RealProcess:
-        return self._add(name, *self.session.fresh())
+        return self._add(name, *self.session.fork())
 
     def _add(self, name: str, pid: int, channel: socket.socket) -> RealProcess:
         self.processes[name] = RealProcess(self, name, pid, channel)
         return self.processes[name]
 
     def reclaim(self) -> None:
-        raise OSError(errno.ENOSYS, "whole-machine reclaim cannot be asked of the kernel page by page")
+        self.session.evict()
 
     @property
     def vmstat(self) -> dict[str, int]:
         return {name: value - self._base[name] for name, value in self.session.vmstat().items()}
-
-
-def terminate_on_sigterm() -> None:
-    """Let SIGTERM unwind like Ctrl-C, so that sessions put everything back."""
-
-    def stop(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, stop)

@@ -19,7 +19,7 @@
 #define CHANNEL 3
 #define ARENA_START 0x100000000000ull
 #define ARENA_END 0x110000000000ull
-#define MAX_DATA (48 * 4096)
+#define MAX_DATA (32 * 4096)
 
 enum { MMAP = 1, WRITE, READ, MADVISE, MUNMAP, MPROTECT, MREMAP, PRCTL, FORK, EXIT };
 
@@ -104,7 +104,8 @@ int main(void)
 	struct sigaction action = {.sa_handler = on_fault, .sa_flags = SA_NODEFER};
 	sigaction(SIGSEGV, &action, NULL);
 	sigaction(SIGBUS, &action, NULL);
-	signal(SIGCHLD, SIG_IGN);
+	signal(SIGCHLD, SIG_IGN); /* children leave no zombies, */
+	prctl(PR_SET_CHILD_SUBREAPER, 1); /* nor do theirs */
 	prctl(PR_SET_PDEATHSIG, SIGKILL);
 	for (;;) {
 		struct iovec vector = {&in, sizeof in};
