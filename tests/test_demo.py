@@ -34,6 +34,7 @@ def start(*arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-c", MAIN, "demo", *arguments],
         env={**os.environ, "PYTHONPATH": str(Path(ksm.__file__).parents[1])},
+        cwd="/",  # not the source tree: python -c looks there first
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
