@@ -134,4 +134,4 @@ def fingerprint_pages(
     zero: npt.NDArray[np.uint8] | None = None,
     variant: str | None = None,
 ) -> None:
-    """Write XXH3-128 of every page (n, page_size) to `out` (n, 2: high, low), and to `zero` (n,) whether it is zeros."""
+    """Write XXH3-128 of every page (n, page_size) to `out` (n, 2: high, low), to `zero` (n,) whether it is zeros."""

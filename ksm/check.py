@@ -118,7 +118,9 @@ def _nodes(dump: Dump) -> None:
             taking = [dup for dup in dups if 0 < nodes[dup][3] < limit]
             want = not (len(dups) >= 2 and (not taking or taking == [first]))
             if (len(dups), len(taking), int(want)) != (count, candidates, is_unsettled):
-                _fail("chains", f"chain {id} says {count, candidates, is_unsettled}, found {len(dups)}, {taking}, {want}")
+                _fail(
+                    "chains", f"chain {id} says {count, candidates, is_unsettled}, found {len(dups)}, {taking}, {want}"
+                )
             unsettled += is_unsettled
         else:
             listed, at, before = 0, first, _NO_SLOT
@@ -249,7 +251,7 @@ def _unstable_trees(dump: Dump) -> None:
 
 def _list(dump: Dump) -> None:
     spaces = dump["spaces"]
-    seen = []
+    seen: list[int] = []
     at, before = spaces[0][0], 0
     while at and len(seen) < len(spaces):
         if spaces[at][1] != before or not spaces[at][2]:

@@ -116,7 +116,7 @@ class Ksmd:
             while True:
                 done = self._batch(min(left, _SLICE))
                 left = k - (self._engine.pages_scanned - before)
-                if done == _PASS_ENDED or done == _IDLE or left <= 0:
+                if done in (_PASS_ENDED, _IDLE) or left <= 0:
                     return self._engine.pages_scanned - before
 
     def _batch(self, pages: int) -> int:
@@ -127,11 +127,13 @@ class Ksmd:
         if not engine.in_pass:
             self._advisor.start(self._now, self._cpu)
         done: int = engine.scan_batch(pages)
-        work = [
-            now - then
-            for now, then in zip((engine.hashed, engine.levels, engine.merges, engine.already), before, strict=True)
-        ]
-        self._cpu += self.cost.nanoseconds(*work, page_size=engine.page_size)
+        self._cpu += self.cost.nanoseconds(
+            engine.hashed - before[0],
+            engine.levels - before[1],
+            engine.merges - before[2],
+            engine.already - before[3],
+            engine.page_size,
+        )
         if done == _PASS_ENDED and self._values.get("advisor_mode"):
             self._values["pages_to_scan"] = self._advisor.stop(self._now, self._cpu, self._values)
         return done
@@ -232,14 +234,11 @@ class Ksmd:
                 return self._values[name]
             engine = self._engine
             if name == "pages_volatile":
-                return max(
-                    0, engine.rmap_items - engine.pages_shared - engine.pages_sharing - engine.pages_unshared
-                )
+                return max(0, engine.rmap_items - engine.pages_shared - engine.pages_sharing - engine.pages_unshared)
             if name == "general_profit":
                 saved = engine.pages_sharing + engine.ksm_zero_pages
                 return saved * engine.page_size - engine.rmap_items * RMAP_ITEM_BYTES
-            value: int = getattr(engine, name)
-            return value
+            return int(getattr(engine, name))
 
     def set(self, name: str, value: int) -> None:
         """Store a parsed value, with what the kernel does when it changes.

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from ksm._core import Engine, FramesExhausted
+from ksm.check import verify
 from ksm.constants import (
     MADV_COLD,
     MADV_DONTNEED,
@@ -35,7 +36,6 @@ from ksm.constants import (
     PROT_WRITE,
     RMAP_ITEM_BYTES,
 )
-from ksm.check import verify
 from ksm.errors import NoSuchProcessError, OutOfMemoryError, kernel_error
 from ksm.ksmd import Ksmd
 from ksm.pages import Fingerprints, as_pages, fingerprint
@@ -168,13 +168,13 @@ class Machine:
 
     @property
     def vmstat(self) -> dict[str, int]:
-        """KSM's lines of /proc/vmstat, counted from the machine's start.
+        """KSM's lines of /proc/vmstat that the profile has, counted from the machine's start.
 
         >>> Machine().vmstat
-        {'cow_ksm': 0, 'ksm_swpin_copy': 0}
+        {'ksm_swpin_copy': 0, 'cow_ksm': 0}
         """
         with self._lock:
-            return {"cow_ksm": self._engine.cow_ksm, "ksm_swpin_copy": self._engine.ksm_swpin_copy}
+            return {name: getattr(self._engine, name) for name in self.kernel.vmstat_fields}
 
     @property
     def now(self) -> float:
@@ -481,6 +481,8 @@ class Process:
             self._engine.move(self._mm, low, place, high - low, vma.mergeable)
             if not flags & MREMAP_DONTUNMAP:
                 self._remove(low, high)
+            elif (low, high) == (vma.start, vma.end):
+                self._vmas.change(low, high, family=0, inherited=False)  # what is left starts anew
             moved = vma.moved + place - low if vma.family else 0
             self._insert(replace(vma, start=place, end=place + size, moved=moved))
         return target * self._page
@@ -728,7 +730,7 @@ class Process:
         with self._lock:
             self._require_alive()
             items, merging, zero = self._engine.space_counts(self._mm)
-            return {
+            found: dict[str, int | bool] = {
                 "ksm_rmap_items": items,
                 "ksm_zero_pages": zero,
                 "ksm_merging_pages": merging,
@@ -736,6 +738,7 @@ class Process:
                 "ksm_merge_any": self.merge_any,
                 "ksm_mergeable": self._vmas.any_mergeable,
             }
+            return {name: found[name] for name in self.machine.kernel.ksm_stat_fields}
 
     @property
     def vmas(self) -> tuple[Vma, ...]:
