@@ -21,6 +21,8 @@ Source: TypeAlias = (
 )
 Zeros: TypeAlias = Literal["merge", "absent"]
 
+Indexes: TypeAlias = npt.NDArray[np.int64]
+
 _MOST_SHARING = (1 << 31) - 1
 
 
@@ -306,18 +308,9 @@ def _settle(words: Sequence[npt.NDArray[np.uint64]], limit: int) -> dict[str, np
     """
     everything = np.concatenate(words) if len(words) != 1 else words[0]
     source = np.repeat(np.arange(len(words), dtype=np.int32), [len(w) for w in words])
-    order, starts = _grouped(everything)
-    sizes = np.diff(starts, append=len(order))
-    several = sizes > 1
-    lone = source[order[starts[~several]]]
-
-    # The members of groups of two and more, by group and then in the order of visits.
-    in_several = np.repeat(several, sizes)
-    member = order[in_several]
-    sizes = sizes[several]
-    group = np.repeat(np.arange(len(sizes), dtype=np.int64), sizes)
-    member = np.sort(group << 32 | member) & ((1 << 32) - 1)
-    rank = np.arange(len(member)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    lone, member, starts = _grouped(everything)
+    sizes = np.diff(starts, append=len(member))
+    rank = np.arange(len(member)) - np.repeat(starts, sizes)
     last = rank == np.repeat(sizes, sizes) - 1
     head = rank % limit == 0
     source_of = source[member]
@@ -330,25 +323,50 @@ def _settle(words: Sequence[npt.NDArray[np.uint64]], limit: int) -> dict[str, np
     return {
         "pages_shared": per_source(head & ~last),
         "pages_sharing": per_source(~head),
-        "pages_unshared": per_source(head & last) + np.bincount(lone, minlength=len(words)),
+        "pages_unshared": per_source(head & last) + np.bincount(source[lone], minlength=len(words)),
         "duplicates_within": per_source(within),
         "duplicates_between": per_source((rank > 0) & ~within),
     }
 
 
-def _grouped(words: npt.NDArray[np.uint64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """An order that puts equal pages together, and where each group starts in it."""
-    high, low = words[:, 0], words[:, 1]
-    order = np.argsort(low).astype(np.int64, copy=False)
-    new_low = np.diff(low[order], prepend=~low[order[:1]]) != 0
-    sorted_high = high[order]
-    new_high = np.diff(sorted_high, prepend=sorted_high[:1]) != 0
-    if (new_high & ~new_low).any():  # equal low words of different pages
-        order = np.lexsort((high, low)).astype(np.int64, copy=False)
-        new_low = np.diff(low[order], prepend=~low[order[:1]]) != 0
-        sorted_high = high[order]
-        new_high = np.diff(sorted_high, prepend=sorted_high[:1]) != 0
-    return order, np.flatnonzero(new_low | new_high)
+def _grouped(words: npt.NDArray[np.uint64]) -> tuple[Indexes, Indexes, Indexes]:
+    """Pages that are like no other (some of them may also come as groups of one); the others by content and then in
+    the order of visits; and where each group starts in those.
+
+    Sorts one number a page: the low word's upper bits, then the page's index. Groups whose upper bits collide are put
+    right afterwards. Counting took 110, 190 and 230 ns a page for 250,000, 1 and 4 million pages this way, and 350, 290
+    and 430 with an argsort of whole words and a second sort within the groups.
+    """
+    bits = np.uint64(max(len(words) - 1, 1).bit_length())
+    mask = (np.uint64(1) << bits) - np.uint64(1)
+    keys = (words[:, 1] & ~mask) | np.arange(len(words), dtype=np.uint64)
+    keys.sort()
+    same = (keys[1:] ^ keys[:-1]) <= mask
+    edge = np.zeros(1, np.bool_)
+    paired = np.concatenate((same, edge)) | np.concatenate((edge, same)) if len(words) else same[:0]
+    index = (keys & mask).astype(np.int64)
+    lone, member = index[~paired], index[paired]
+    prefix = keys[paired] >> bits
+    del keys, index
+    high, low = words[member, 0], words[member, 1]
+    new_prefix = _changes(prefix)
+    new = new_prefix | _changes(high) | _changes(low)
+    if not np.array_equal(new, new_prefix):  # different pages under one prefix, perhaps in turns
+        group = np.cumsum(new_prefix)
+        wrong = np.zeros(len(group) + 1, np.bool_)
+        wrong[group[new & ~new_prefix]] = True
+        at = np.flatnonzero(wrong[group])
+        order = at[np.lexsort((member[at], high[at], low[at], group[at]))]
+        member[at], high[at], low[at] = member[order], high[order], low[order]
+        new = new_prefix | _changes(high) | _changes(low)
+    return lone, member, np.flatnonzero(new)
+
+
+def _changes(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
+    """Where a value differs from the one before it; the first does."""
+    changes = np.ones(len(values), np.bool_)
+    np.not_equal(values[1:], values[:-1], out=changes[1:])
+    return changes
 
 
 def _assumptions(taken: Sequence[Snapshot], total: Counts, zeros: Zeros) -> Iterable[str]:

@@ -154,6 +154,21 @@ def test_colliding_low_words_are_told_apart() -> None:
     assert (answer.pages_shared, answer.pages_sharing, answer.pages_unshared) == (2, 2, 2)
 
 
+@given(
+    words=st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2), st.integers(0, 2)), min_size=1, max_size=80),
+    limit=st.integers(2, 4),
+)
+def test_words_that_collide_in_any_part(words: list[tuple[int, int, int]], limit: int) -> None:
+    array = np.array([(high, upper << 60 | lower) for high, upper, lower in words], np.uint64)
+    copies = Counter(words).values()
+    answer = estimate([Fingerprints(array[: len(array) // 2]), Fingerprints(array[len(array) // 2 :])], limit)
+    shared = sum(n // limit + (n % limit >= 2) for n in copies)
+    unshared = sum(n % limit == 1 for n in copies)
+    assert (answer.pages_shared, answer.pages_unshared) == (shared, unshared)
+    assert answer.pages_sharing == len(words) - shared - unshared
+    assert answer.duplicates_within + answer.duplicates_between == len(words) - len(copies)
+
+
 def test_nothing_at_all() -> None:
     answer = estimate([b""])
     assert (answer.pages, answer.saved_bytes, answer.general_profit) == (0, 0, 0)
