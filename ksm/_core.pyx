@@ -158,6 +158,7 @@ cdef class Engine:
     cdef uint32_t frame_count, frame_capacity, free_frame
     cdef Space *spaces
     cdef uint32_t space_count, space_capacity
+    cdef uint64_t born
 
     # Stable trees, one root a NUMA node.
     cdef StableNode *stable
@@ -462,6 +463,7 @@ cdef class Engine:
         b.frame[i] = frame
         b.anon = b.anon | bit if anon else b.anon & ~bit
         b.settled &= ~bit
+        b.lazy &= ~bit
 
     cdef void mark_slot(self, uint32_t slot, bint marked) noexcept nogil:
         cdef Block *b = self.blocks[slot >> 6]
@@ -1183,9 +1185,9 @@ cdef class Engine:
 
         Since 6.12 a split gives all-zero pages back: their slots map the shared zero page, uncounted.
         """
-        cdef uint32_t f = self.slot_frame(slot), mm, s, g
+        cdef uint32_t f = self.slot_frame(slot), s, left
         cdef Block *b = self.blocks[slot >> 6]
-        cdef uint64_t vpn, first = (b.vpn + (slot & 63)) & ~<uint64_t>(self.huge - 1)
+        cdef uint64_t born, vpn, first = (b.vpn + (slot & 63)) & ~<uint64_t>(self.huge - 1)
         if not self.frames[f].flags & HUGE:
             return True
         # A fork shares huge pages: every space that maps them at this address takes part.
@@ -1199,15 +1201,16 @@ cdef class Engine:
             self.frames[f].flags &= ~HUGE
             if not self.zero_giveback or not self.is_zero(f):
                 continue
-            for mm in range(1, self.space_count):
-                s = self.find_slot(mm, vpn)
-                if s != NO_SLOT and (self.blocks[s >> 6].anon >> (s & 63)) & 1 and self.slot_frame(s) == f:
-                    self.touch_unstable(s)
-                    self.set_slot(s, ZERO_PAGE, False)
-                    g = self.frames[f].mappers
-                    self.frame_unmap(f)
-                    if g == 1:
-                        break
+            born = 0
+            left = self.frames[f].mappers
+            while left:
+                s = self.next_mapper(f, vpn, &born)
+                if s == NO_SLOT:
+                    break
+                self.touch_unstable(s)
+                self.set_slot(s, ZERO_PAGE, False)
+                self.frame_unmap(f)
+                left -= 1
         return (self.blocks[slot >> 6].anon >> (slot & 63)) & 1
 
     # ---- NUMA: KSM frames that lie on another node than their tree -------------------------------
@@ -1407,6 +1410,7 @@ cdef class Engine:
                 memcpy(data, self.frames[f].data, self.width)
                 self.frames[f].data = data
             self.frames[f].flags = (self.frames[f].flags | OWNED) & ~(HASHED | LAZY | SWAPPED_KSM)
+            b.lazy &= ~(<uint64_t>1 << i)
             return 0
         copy = self.frame_copy(f if f >= FIRST_FRAME else 0, nid)
         if copy == 0:
@@ -1508,6 +1512,8 @@ cdef class Engine:
             self.space_count += 1
         memset(&self.spaces[mm], 0, sizeof(Space))
         self.spaces[mm].alive = 1
+        self.born += 1
+        self.spaces[mm].born = self.born
         return mm
 
     def use_fingerprints(self, uint64_t high, uint64_t low):
@@ -1706,18 +1712,21 @@ cdef class Engine:
             at += 1
 
     def lazy_free(self, uint32_t mm, uint64_t vpn, uint64_t n):
-        """MADV_FREE: private frames may be dropped by the next reclaim; swapped ones go at once."""
+        """MADV_FREE: the next reclaim may drop these frames; swapped ones go at once."""
         cdef uint64_t v
         cdef uint32_t slot, f
+        cdef Block *b
         for v in self.touched(mm, vpn, n):
             slot = self.find_slot(mm, v)
             f = self.slot_frame(slot)
+            b = self.blocks[slot >> 6]
             if f < FIRST_FRAME:
                 continue
-            if not (self.blocks[slot >> 6].anon >> (slot & 63)) & 1:
+            if not (b.anon >> (slot & 63)) & 1:
                 self.vacate(slot)
-            elif self.frames[f].mappers == 1:
+            elif self.frames[f].mappers == 1 or not self.frames[f].flags & KSM:
                 self.frames[f].flags |= LAZY
+                b.lazy |= <uint64_t>1 << (slot & 63)
 
     def page_out(self, uint32_t mm, uint64_t vpn, uint64_t n):
         """MADV_PAGEOUT: what only this space maps goes to swap, as far as there is room."""
@@ -1743,13 +1752,42 @@ cdef class Engine:
                             return gone
         return gone
 
-    cdef bint evict(self, uint32_t slot) noexcept nogil:
-        """Reclaim one slot's mapping of its frame."""
-        cdef uint32_t f = self.slot_frame(slot)
-        if self.frames[f].flags & LAZY and self.frames[f].mappers == 1:
-            self.vacate(slot)
-            return True
-        return self.swap_out(slot)
+    cdef int evict(self, uint32_t slot) noexcept nogil:
+        """Reclaim one slot's mapping of its frame; the number of slots that went.
+
+        A lazily freed frame is dropped slot by slot, until one has written it since: then it is kept after all.
+        """
+        cdef uint32_t f = self.slot_frame(slot), s
+        cdef uint64_t vpn = self.blocks[slot >> 6].vpn + (slot & 63), born = 0
+        cdef int gone = 0
+        if not self.frames[f].flags & LAZY:
+            return self.swap_out(slot)
+        while self.frames[f].flags & LAZY:
+            s = self.next_mapper(f, vpn, &born)
+            if s == NO_SLOT:
+                break
+            if (self.blocks[s >> 6].lazy >> (s & 63)) & 1:
+                gone += 1
+                self.vacate(s)
+            else:
+                self.frames[f].flags &= ~LAZY
+        return gone
+
+    cdef uint32_t next_mapper(self, uint32_t f, uint64_t vpn, uint64_t *born) noexcept nogil:
+        """The slot at vpn that maps f in the space made next after `born`, which moves on; NO_SLOT: no more.
+
+        What fork shares lies at one address, as long as mremap does not move it.
+        """
+        cdef uint32_t mm, s, found = NO_SLOT
+        cdef uint64_t best = <uint64_t>-1
+        for mm in range(1, self.space_count):
+            if born[0] < self.spaces[mm].born < best:
+                s = self.find_slot(mm, vpn)
+                if s != NO_SLOT and (self.blocks[s >> 6].anon >> (s & 63)) & 1 and self.slot_frame(s) == f:
+                    best = self.spaces[mm].born
+                    found = s
+        born[0] = best
+        return found
 
     def touched(self, uint32_t mm, uint64_t vpn, uint64_t n):
         """The page numbers of a range whose slots map or hold something, ascending."""
@@ -1801,6 +1839,7 @@ cdef class Engine:
                 if f == NOTHING:
                     continue
                 self.set_slot(slot + i, f, (b.anon >> i) & 1)
+                c.lazy |= b.lazy & <uint64_t>1 << i
                 if f == KSM_ZERO:
                     self.ksm_zero_pages += 1
                     self.spaces[child].zero_pages += 1

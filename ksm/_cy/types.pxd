@@ -21,7 +21,7 @@ cdef enum:
     OWNED = 1           # data was allocated here; otherwise it is borrowed
     HASHED = 2          # hash is that of data
     KSM = 4             # merged and write-protected
-    LAZY = 8            # MADV_FREE'd and not written since
+    LAZY = 8            # MADV_FREE'd through a slot; reclaim looks at the slots' own marks
     HUGE = 16           # part of a transparent huge page
     SWAPPED_KSM = 32    # was a KSM frame when it went to swap
 
@@ -38,6 +38,7 @@ ctypedef struct Block:
     uint64_t anon               # slots that map an anonymous frame now
     uint64_t marked             # slots in a VMA marked mergeable
     uint64_t item               # slots with an rmap item
+    uint64_t lazy               # slots that MADV_FREE'd their frame and have not written since
     uint64_t settled            # slots whose item hangs on the node of the KSM frame that they map
     uint32_t mm
     uint32_t used               # slots whose frame is not NOTHING
@@ -88,6 +89,7 @@ ctypedef struct Space:          # an mm
     uint32_t exited
     uint32_t registered
     uint32_t any_marked         # has a VMA marked mergeable
+    uint64_t born               # spaces in the order in which they were made
     uint64_t items
     uint64_t merging
     uint64_t zero_pages
