@@ -135,6 +135,7 @@ class KernelSession:
         """The zygote, in a memory cgroup of its own; every worker is its descendant."""
         empty, work = (stack.enter_context(cgroup(f"ksm-{os.getpid()}-{which}")) for which in ("empty", "work"))
         self._flush, self._evict = (opened(stack, group / "memory.force_empty", os.O_WRONLY) for group in (empty, work))
+        self._memory = opened(stack, work / "memory.stat", os.O_RDONLY)
         self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         stack.callback(self._channel.close)
         with theirs:
@@ -200,10 +201,17 @@ class KernelSession:
                     raise TimeoutError(f"ksmd did not finish {what} in {PATIENCE:g} s")
 
     def evict(self) -> None:
-        """Have the kernel reclaim all it can of the workers' memory."""
+        """Have the kernel reclaim all it can of the workers' memory: until two rounds in a row got nothing.
+
+        The first round only takes the marks of use away. Reading memory.stat brings the counts up to date by which
+        the kernel decides whether to look at its active pages at all.
+        """
         self.flush()
-        with suppress(BlockingIOError):
-            os.write(self._evict, b"0")
+        seen: list[int] = []
+        while len(seen) < 3 or len(set(seen[-3:])) > 1:
+            seen.append(number_after(os.pread(self._memory, 8192, 0), b"\ntotal_rss "))
+            with suppress(BlockingIOError):
+                os.write(self._evict, b"0")
 
     def require_idle(self) -> None:
         """ksmd must find nothing registered: only then do counters start from nothing."""
