@@ -92,6 +92,9 @@ class Writer:
         self.born = 0
         self.contents = rng.choice(style.contents)
         self.often = {**USUALLY, **style.often}
+        if self.often["reclaim"]:
+            # What reclaim does to a freed page that a fork shares hangs on the order of the processes' VMAs.
+            self.often[rng.choice(["free", "fork"])] = 0
 
     def settings(self) -> None:
         rng = self.rng

@@ -59,7 +59,7 @@ TUNABLES = {
     "advisor_max_pages_to_scan": "30000",
     "advisor_target_scan_time": "200",
 }
-MMAP, WRITE, READ, MADVISE, MUNMAP, MPROTECT, MREMAP, PRCTL, FORK, EXIT = range(1, 11)
+MMAP, WRITE, READ, MADVISE, MUNMAP, MPROTECT, MREMAP, PRCTL, FORK, EXIT, CHURN = range(1, 12)
 COMMAND = struct.Struct("6Q")
 REPLY = struct.Struct("2q")
 LONGEST = 32 * PAGE  # bytes of data in one command
@@ -203,12 +203,14 @@ class KernelSession:
     def evict(self) -> None:
         """Have the kernel reclaim all it can of the workers' memory: until two rounds in a row got nothing.
 
-        The first round only takes the marks of use away. Reading memory.stat brings the counts up to date by which
-        the kernel decides whether to look at its active pages at all.
+        The first round only takes the marks of use away. The kernel decides by counts whether to look at its active
+        pages at all, and brings them up to date when they are read and much has happened.
         """
         self.flush()
         seen: list[int] = []
         while len(seen) < 3 or len(set(seen[-3:])) > 1:
+            self._channel.send(COMMAND.pack(CHURN, 0, 0, 0, 0, 0))
+            receive(self._channel)
             seen.append(number_after(os.pread(self._memory, 8192, 0), b"\ntotal_rss "))
             with suppress(BlockingIOError):
                 os.write(self._evict, b"0")

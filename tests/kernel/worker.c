@@ -21,7 +21,7 @@
 #define ARENA_END 0x110000000000ull
 #define MAX_DATA (32 * 4096)
 
-enum { MMAP = 1, WRITE, READ, MADVISE, MUNMAP, MPROTECT, MREMAP, PRCTL, FORK, EXIT };
+enum { MMAP = 1, WRITE, READ, MADVISE, MUNMAP, MPROTECT, MREMAP, PRCTL, FORK, EXIT, CHURN };
 
 struct command { uint64_t op, a, b, c, d, e; };
 struct reply { int64_t value; int64_t error; };
@@ -99,6 +99,15 @@ static void access_memory(int writing)
 	answer(0);
 }
 
+/* Enough faults for the kernel to bring its counts of this cgroup's pages up to date when next asked. */
+static void churn(void)
+{
+	const size_t length = 512 * 4096;
+	char *p = mmap(NULL, length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	for (size_t i = 0; i < length; i += 4096) p[i] = 1;
+	munmap(p, length);
+}
+
 int main(void)
 {
 	struct sigaction action = {.sa_handler = on_fault, .sa_flags = SA_NODEFER};
@@ -143,6 +152,7 @@ int main(void)
 			close(channel);
 			break;
 		}
+		case CHURN: churn(); answer(0); break;
 		case EXIT: _exit(0);
 		default: errno = ENOSYS; answer(-1);
 		}
