@@ -135,3 +135,33 @@ def fingerprint_pages(
     variant: str | None = None,
 ) -> None:
     """Write XXH3-128 of every page (n, page_size) to `out` (n, 2: high, low), to `zero` (n,) whether it is zeros."""
+
+@final
+class Settling:
+    """Counts what pages settle at that come in the order of ksmd's visits.
+
+    `expected` pages make room for as many at once, which is twice as fast as growing.
+
+    >>> counting = Settling(max_page_sharing=2, sources=1)
+    >>> counting.visit(0, np.zeros((3, 2), np.uint64))
+    >>> counting.counts()[0]["pages_shared"], counting.counts()[0]["pages_unshared"]
+    (1, 1)
+    """
+
+    def __init__(self, max_page_sharing: int, sources: int, expected: int = 0) -> None: ...
+    def visit(
+        self,
+        source: int,
+        words: npt.NDArray[np.uint64],
+        present: npt.NDArray[np.uint8] | None = None,
+        zero_high: int = 0,
+        zero_low: int = 0,
+        zeros_merge: bool = True,
+    ) -> None:
+        """Pages of one source by their (high, low) words, all but those with a 0 in `present`; releases the GIL."""
+    def counts(self) -> list[dict[str, int]]:
+        """What each source's pages came to so far, by name."""
+    @property
+    def stable_node_chains(self) -> int: ...
+    @property
+    def stable_node_dups(self) -> int: ...

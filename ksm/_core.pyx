@@ -30,10 +30,13 @@ return values: NO_MEMORY (bookkeeping does not fit) and NO_FRAME (the simulated 
 
 cimport cython
 from cpython.bytes cimport PyBytes_FromStringAndSize
-from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc, realloc
 from libc.string cimport memcmp, memcpy, memset
 
+from ksm._cy.contents cimport (
+    BETWEEN, COUNTED, PAGES, SHARED, SHARING, UNSHARED, WITHIN, ZEROS, Contents, contents_free, contents_reserve,
+    contents_visit)
 from ksm._cy.page cimport page_compare, page_is_zero, prefix_key
 from ksm._cy.rbtree cimport INDEX, VALUE_FLAG, Node, rb_erase, rb_insert, rb_is_red, rb_parent
 from ksm._cy.table cimport (
@@ -2029,3 +2032,81 @@ def fingerprint_pages(const uint8_t[:, ::1] pages not None, uint64_t[:, ::1] out
                         zero_words = words
                 page += size
                 words += 2
+
+
+# ---- the settled state, without any engine ------------------------------------------------------
+
+@cython.final
+cdef class Settling:
+    """Counts what pages settle at that come in the order of ksmd's visits; see `_cy/contents.pxd`.
+
+    `expected` pages make room for as many at once, which is twice as fast as growing.
+
+    >>> import numpy as np
+    >>> counting = Settling(max_page_sharing=2, sources=1)
+    >>> counting.visit(0, np.zeros((3, 2), np.uint64))
+    >>> counting.counts()[0]["pages_shared"], counting.counts()[0]["pages_unshared"]
+    (1, 1)
+    """
+
+    cdef Contents contents
+    cdef int64_t *numbers
+    cdef uint32_t sources, limit
+
+    def __cinit__(self, uint32_t max_page_sharing, uint32_t sources, uint64_t expected=0):
+        if max_page_sharing < 2 or not 0 < sources < 1 << 30:
+            raise ValueError(f"max_page_sharing {max_page_sharing}, {sources} sources")
+        self.limit, self.sources = max_page_sharing, sources
+        self.numbers = <int64_t *>calloc(sources, COUNTED * sizeof(int64_t))
+        if self.numbers == NULL or contents_reserve(&self.contents, expected) < 0:
+            raise MemoryError
+
+    def __dealloc__(self):
+        contents_free(&self.contents)
+        free(self.numbers)
+        self.numbers = NULL
+
+    def visit(self, uint32_t source, const uint64_t[:, ::1] words not None, const uint8_t[::1] present=None,
+              uint64_t zero_high=0, uint64_t zero_low=0, bint zeros_merge=True):
+        """Pages of one source by their (high, low) words, all but those with a 0 in `present`. Releases the GIL."""
+        cdef uint64_t n = words.shape[0], at = 0, some
+        if source >= self.sources or words.shape[1] != 2 or (present is not None and <uint64_t>present.shape[0] != n):
+            raise ValueError(f"source {source} of {self.sources}: words must be (n, 2), and present (n,)")
+        cdef const uint8_t *there = NULL
+        cdef bint full = False
+        if n == 0:
+            return
+        if present is not None:
+            there = &present[0]
+        with nogil:
+            while at < n and not full:
+                some = min(n - at, 65536)
+                full = contents_reserve(&self.contents, some) < 0
+                if not full:
+                    contents_visit(&self.contents, &words[at, 0], there, some, zero_high, zero_low, zeros_merge,
+                                   source, self.limit, self.numbers)
+                    if there != NULL:
+                        there += some
+                at += some
+        if full:
+            raise MemoryError(f"counting {self.contents.count:,} different pages")
+
+    def counts(self):
+        """What each source's pages came to so far, by name."""
+        cdef uint32_t i
+        cdef int64_t *row
+        rows = []
+        for i in range(self.sources):
+            row = self.numbers + i * COUNTED
+            rows.append({"pages": row[PAGES], "zero_pages": row[ZEROS], "pages_shared": row[SHARED],
+                         "pages_sharing": row[SHARING], "pages_unshared": row[UNSHARED],
+                         "duplicates_within": row[WITHIN], "duplicates_between": row[BETWEEN]})
+        return rows
+
+    @property
+    def stable_node_chains(self):
+        return self.contents.chains
+
+    @property
+    def stable_node_dups(self):
+        return self.contents.dups

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ksm import sources
+from ksm._core import Settling
 from ksm.constants import RMAP_ITEM_BYTES
 from ksm.pages import Fingerprints, as_pages, zero_words
 from ksm.sources.image import ArrayImage, Image
@@ -22,6 +23,8 @@ Source: TypeAlias = (
 Zeros: TypeAlias = Literal["merge", "absent"]
 
 Indexes: TypeAlias = npt.NDArray[np.int64]
+
+STABLE_NODE_BYTES = 64  # x86-64, Linux 6.18, by /sys/kernel/slab/ksm_stable_node
 
 _MOST_SHARING = (1 << 31) - 1
 
@@ -75,6 +78,11 @@ class Counts:
         return self.rmap_items * RMAP_ITEM_BYTES
 
     @property
+    def stable_node_bytes(self) -> int:
+        """What the records of the KSM frames take on top: 64 bytes each, which `general_profit` leaves out."""
+        return self.pages_shared * STABLE_NODE_BYTES
+
+    @property
     def general_profit(self) -> int:
         """Bytes saved, less the bookkeeping; below 0 is a loss."""
         return self.saved_bytes - self.metadata_bytes
@@ -85,7 +93,14 @@ class Counts:
         >>> Counts("vm1", 4096, 3, 0, 0, 1, 2, 0, 0, 2, 0).to_dict()["general_profit"]
         8000
         """
-        derived = ("ksm_merging_pages", "rmap_items", "saved_bytes", "metadata_bytes", "general_profit")
+        derived = (
+            "ksm_merging_pages",
+            "rmap_items",
+            "saved_bytes",
+            "metadata_bytes",
+            "stable_node_bytes",
+            "general_profit",
+        )
         return asdict(self) | {name: getattr(self, name) for name in derived}
 
 
@@ -99,6 +114,10 @@ class Estimate(Counts):
     """
 
     sources: tuple[Counts, ...]
+    stable_node_chains: int
+    """Contents with more copies than one KSM frame may have."""
+    stable_node_dups: int
+    """The KSM frames of those."""
     max_page_sharing: int
     use_zero_pages: bool
     merge_across_nodes: bool
@@ -132,7 +151,7 @@ def estimate(
     threads: int | None = None,
     progress: Callable[[int, int], object] | None = None,
 ) -> Estimate:
-    """What KSM settles at on these sources, were all their pages mergeable and still. O(n log n).
+    """What KSM settles at on these sources, were all their pages mergeable and still. O(n).
 
     Every page is fingerprinted (128 bits) and counted: exact, no sampling. Huge pages are not modelled: since Linux
     6.12 zero pages of a huge page that KSM splits are given back on top, and no counter shows it.
@@ -172,10 +191,12 @@ def estimate(
     taken = snapshots(given, page_size, marked_only, threads, progress)
     if names is not None:
         taken = [replace(snapshot, name=name) for snapshot, name in zip(taken, names, strict=True)]
-    found = _count(taken, _Rules(max_page_sharing, use_zero_pages, zeros, merge_across_nodes), nodes)
+    found, chains, dups = _count(taken, _Rules(max_page_sharing, use_zero_pages, zeros, merge_across_nodes), nodes)
     total = Counts("total", taken[0].page_size, *(sum(column) for column in zip(*map(_numbers, found), strict=True)))
     answer: dict[str, Any] = asdict(total) | {
         "sources": tuple(found),
+        "stable_node_chains": chains,
+        "stable_node_dups": dups,
         "max_page_sharing": max_page_sharing,
         "use_zero_pages": use_zero_pages,
         "merge_across_nodes": merge_across_nodes,
@@ -266,31 +287,34 @@ def _numbers(counts: Counts) -> tuple[int, ...]:
     return tuple(getattr(counts, name) for name in _COUNTED)
 
 
-def _count(taken: Sequence[Snapshot], rules: _Rules, nodes: Sequence[int] | None) -> list[Counts]:
-    """Each source's part."""
-    zero_word = zero_words(taken[0].page_size)
-    rows: list[dict[str, int]] = []
-    merging = []
-    for part in taken:
-        its = part.words()
-        zero = (its == zero_word).all(axis=1)
-        zeros = int(np.count_nonzero(zero))
-        ambiguous = 0 if part.anonymous_known else zeros
-        absent = ambiguous if rules.zeros == "absent" else 0
-        merges = its[~zero] if zeros and (absent or rules.use_zero_pages) else its
-        merging.append(merges)
-        row = dict.fromkeys(_COUNTED, 0)
-        row["pages"] = len(its) - absent
-        row["zero_pages"] = zeros - absent
-        row["zero_or_untouched"] = ambiguous
-        row["ksm_zero_pages"] = zeros - absent if rules.use_zero_pages else 0
-        rows.append(row)
+def _count(taken: Sequence[Snapshot], rules: _Rules, nodes: Sequence[int] | None) -> tuple[list[Counts], int, int]:
+    """Each source's part, and how many chains and dups there are."""
+    high, low = map(int, zero_words(taken[0].page_size))
+    found: dict[int, Counts] = {}
+    chains = dups = 0
     for members in _groups_of_nodes(len(taken), nodes, rules.merge_across_nodes):
-        found = _settle([merging[i] for i in members], rules.max_page_sharing)
-        for name, column in found.items():
-            for i, value in zip(members, column.tolist(), strict=True):
-                rows[i][name] = value
-    return [Counts(part.name, part.page_size, **row) for part, row in zip(taken, rows, strict=True)]
+        expected = sum(taken[index].pages for index in members)
+        counting = Settling(rules.max_page_sharing, len(members), expected)
+        for number, index in enumerate(members):
+            part = taken[index]
+            zeros_merge = not rules.use_zero_pages and (part.anonymous_known or rules.zeros == "merge")
+            for _, prints in part.blocks:
+                words = np.ascontiguousarray(prints.words)
+                present = None if prints.present is None else np.ascontiguousarray(prints.present).view(np.uint8)
+                counting.visit(number, words, present, high, low, zeros_merge)
+        for index, row in zip(members, counting.counts(), strict=True):
+            part = taken[index]
+            zeros = row["zero_pages"]
+            ambiguous = 0 if part.anonymous_known else zeros
+            absent = ambiguous if rules.zeros == "absent" else 0
+            row["pages"] -= absent
+            row["zero_pages"] -= absent
+            row["zero_or_untouched"] = ambiguous
+            row["ksm_zero_pages"] = zeros - absent if rules.use_zero_pages else 0
+            found[index] = Counts(part.name, part.page_size, **row)
+        chains += counting.stable_node_chains
+        dups += counting.stable_node_dups
+    return [found[index] for index in range(len(taken))], chains, dups
 
 
 def _groups_of_nodes(n: int, nodes: Sequence[int] | None, across: bool) -> list[list[int]]:
@@ -298,75 +322,6 @@ def _groups_of_nodes(n: int, nodes: Sequence[int] | None, across: bool) -> list[
     if across or nodes is None:
         return [list(range(n))]
     return [[i for i in range(n) if nodes[i] == node] for node in sorted(set(nodes))]
-
-
-def _settle(words: Sequence[npt.NDArray[np.uint64]], limit: int) -> dict[str, npt.NDArray[np.int64]]:
-    """Counters of each source when ksmd visits these pages in order.
-
-    Of n equal pages, in the order of the visits, each run of `limit` has a frame: its first page counts as shared, the
-    others as sharing; a last run of one page stays unshared.
-    """
-    everything = np.concatenate(words) if len(words) != 1 else words[0]
-    source = np.repeat(np.arange(len(words), dtype=np.int32), [len(w) for w in words])
-    lone, member, starts = _grouped(everything)
-    sizes = np.diff(starts, append=len(member))
-    rank = np.arange(len(member)) - np.repeat(starts, sizes)
-    last = rank == np.repeat(sizes, sizes) - 1
-    head = rank % limit == 0
-    source_of = source[member]
-    within = np.zeros(len(member), np.bool_)
-    within[1:] = (rank[1:] > 0) & (source_of[1:] == source_of[:-1])
-
-    def per_source(chosen: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
-        return np.bincount(source_of[chosen], minlength=len(words)).astype(np.int64)
-
-    return {
-        "pages_shared": per_source(head & ~last),
-        "pages_sharing": per_source(~head),
-        "pages_unshared": per_source(head & last) + np.bincount(source[lone], minlength=len(words)),
-        "duplicates_within": per_source(within),
-        "duplicates_between": per_source((rank > 0) & ~within),
-    }
-
-
-def _grouped(words: npt.NDArray[np.uint64]) -> tuple[Indexes, Indexes, Indexes]:
-    """Pages that are like no other (some of them may also come as groups of one); the others by content and then in
-    the order of visits; and where each group starts in those.
-
-    Sorts one number a page: the low word's upper bits, then the page's index. Groups whose upper bits collide are put
-    right afterwards. Counting took 110, 190 and 230 ns a page for 250,000, 1 and 4 million pages this way, and 350, 290
-    and 430 with an argsort of whole words and a second sort within the groups.
-    """
-    bits = np.uint64(max(len(words) - 1, 1).bit_length())
-    mask = (np.uint64(1) << bits) - np.uint64(1)
-    keys = (words[:, 1] & ~mask) | np.arange(len(words), dtype=np.uint64)
-    keys.sort()
-    same = (keys[1:] ^ keys[:-1]) <= mask
-    edge = np.zeros(1, np.bool_)
-    paired = np.concatenate((same, edge)) | np.concatenate((edge, same)) if len(words) else same[:0]
-    index = (keys & mask).astype(np.int64)
-    lone, member = index[~paired], index[paired]
-    prefix = keys[paired] >> bits
-    del keys, index
-    high, low = words[member, 0], words[member, 1]
-    new_prefix = _changes(prefix)
-    new = new_prefix | _changes(high) | _changes(low)
-    if not np.array_equal(new, new_prefix):  # different pages under one prefix, perhaps in turns
-        group = np.cumsum(new_prefix)
-        wrong = np.zeros(len(group) + 1, np.bool_)
-        wrong[group[new & ~new_prefix]] = True
-        at = np.flatnonzero(wrong[group])
-        order = at[np.lexsort((member[at], high[at], low[at], group[at]))]
-        member[at], high[at], low[at] = member[order], high[order], low[order]
-        new = new_prefix | _changes(high) | _changes(low)
-    return lone, member, np.flatnonzero(new)
-
-
-def _changes(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
-    """Where a value differs from the one before it; the first does."""
-    changes = np.ones(len(values), np.bool_)
-    np.not_equal(values[1:], values[:-1], out=changes[1:])
-    return changes
 
 
 def _assumptions(taken: Sequence[Snapshot], total: Counts, zeros: Zeros) -> Iterable[str]:

@@ -43,15 +43,15 @@ def settle(images: list[npt.NDArray[np.uint8]], **tunables: Any) -> Machine:
 
 
 def assert_same(answer: Estimate, machine: Machine) -> None:
-    for name in ("pages_shared", "pages_sharing", "pages_unshared", "ksm_zero_pages", "general_profit"):
+    columns = ("pages_shared", "pages_sharing", "pages_unshared", "ksm_zero_pages", "general_profit")
+    for name in (*columns, "stable_node_chains", "stable_node_dups"):
         assert getattr(answer, name) == getattr(machine.ksm, name), name
     for source, process in zip(answer.sources, machine.processes.values(), strict=True):
         stat = process.ksm_stat
         assert source.ksm_merging_pages == stat["ksm_merging_pages"]
         assert source.rmap_items == stat["ksm_rmap_items"]
         assert source.ksm_zero_pages == stat["ksm_zero_pages"]
-    columns = ("pages_shared", "pages_sharing", "pages_unshared", "ksm_zero_pages", "pages", "general_profit")
-    for name in columns:
+    for name in (*columns, "pages"):
         assert sum(getattr(source, name) for source in answer.sources) == getattr(answer, name)
 
 
@@ -167,6 +167,29 @@ def test_words_that_collide_in_any_part(words: list[tuple[int, int, int]], limit
     assert (answer.pages_shared, answer.pages_unshared) == (shared, unshared)
     assert answer.pages_sharing == len(words) - shared - unshared
     assert answer.duplicates_within + answer.duplicates_between == len(words) - len(copies)
+
+
+def test_fingerprints_that_somebody_made_up() -> None:
+    """Small numbers and equal halves spread over the table like any other."""
+    numbers = np.arange(200_000, dtype=np.uint64)
+    for words in (
+        np.column_stack((numbers, np.zeros_like(numbers))),
+        np.column_stack((np.zeros_like(numbers), numbers)),
+        np.column_stack((numbers, numbers)),
+        np.column_stack((numbers << np.uint64(40), numbers)),
+    ):
+        answer = estimate([Fingerprints(np.concatenate((words, words[::2])))])
+        assert (answer.pages_shared, answer.pages_unshared) == (100_000, 100_000)
+
+
+def test_fingerprints_with_gaps_and_many_sources() -> None:
+    words = fingerprint(pages(1, 2, 1, 3)).words
+    strided = Fingerprints(words[::2], np.array([True, True, False, True])[::2])
+    answer = estimate([strided] * 300, max_page_sharing=7)
+    assert answer.pages == 300 and answer.pages_unshared == 0
+    assert (answer.stable_node_chains, answer.stable_node_dups) == (1, 43)
+    assert answer.stable_node_bytes == 43 * 64
+    assert [source.pages_shared for source in answer.sources[:8]] == [1, 0, 0, 0, 0, 0, 0, 1]
 
 
 def test_nothing_at_all() -> None:
