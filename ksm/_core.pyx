@@ -45,7 +45,7 @@ from ksm._cy.xxh3 cimport (
     XXH3_FORM_BEST, XXH3_FORM_NEON, XXH3_FORM_SCALAR, XXH3_FORM_SSE2, fingerprint_run_form, xxh3_128_best, xxh3_forms)
 from ksm._cy.types cimport (
     CHAIN, DUP, FIRST_FRAME, FREE_NODE, HASHED, HUGE, IN_NONE, IN_STABLE, IN_UNSTABLE, KSM, KSM_ZERO,
-    LAZY, MIGRATING, NOTHING, OWNED, PLAIN, SLOTS, SWAPPED_KSM, ZERO_PAGE, Block, Frame, Space, StableNode)
+    LAZY, MIGRATING, NOTHING, OWNED, PLAIN, REDIRTIED, SLOTS, SWAPPED_KSM, ZERO_PAGE, Block, Frame, Space, StableNode)
 
 from ksm.errors import InvariantError, NoPageBytesError
 
@@ -322,7 +322,7 @@ cdef class Engine:
         frame.flags = flags
         frame.nid = nid
         frame.mappers = 1
-        frame.swapped = frame.pins = frame.node = 0
+        frame.swapped = frame.pins = frame.node = frame.home = 0
         self.resident += 1
         return f
 
@@ -464,6 +464,8 @@ cdef class Engine:
         cdef uint64_t bit = <uint64_t>1 << i
         b.used += (frame != NOTHING) - (b.frame[i] != NOTHING)
         b.frame[i] = frame
+        if frame >= FIRST_FRAME and self.frames[frame].home == 0:
+            self.frames[frame].home = <uint32_t>(b.vpn + i)
         b.anon = b.anon | bit if anon else b.anon & ~bit
         b.settled &= ~bit
         b.lazy &= ~bit
@@ -504,6 +506,8 @@ cdef class Engine:
         """Make an anonymous slot map another frame, which gains a mapper."""
         cdef uint32_t old = self.slot_frame(slot)
         self.touch_unstable(slot)
+        if self.frames[old].flags & LAZY and not (self.blocks[slot >> 6].lazy >> (slot & 63)) & 1:
+            self.frames[old].flags |= REDIRTIED
         self.frames[frame].mappers += 1
         self.set_slot(slot, frame, True)
         self.frame_unmap(old)
@@ -1177,7 +1181,7 @@ cdef class Engine:
             self.build_unstable()
             self.unstable_changed = self.check_all = True
         self.leave_tree(other)
-        self.frames[f].flags = (self.frames[f].flags | KSM) & ~LAZY
+        self.frames[f].flags = (self.frames[f].flags | KSM) & ~(LAZY | REDIRTIED)
         self.remap(other, f)
         n = self.stable_insert(f, nid)
         self.hang(other, n)
@@ -1412,7 +1416,7 @@ cdef class Engine:
                     return NO_MEMORY
                 memcpy(data, self.frames[f].data, self.width)
                 self.frames[f].data = data
-            self.frames[f].flags = (self.frames[f].flags | OWNED) & ~(HASHED | LAZY | SWAPPED_KSM)
+            self.frames[f].flags = (self.frames[f].flags | OWNED) & ~(HASHED | LAZY | REDIRTIED | SWAPPED_KSM)
             b.lazy &= ~(<uint64_t>1 << i)
             return 0
         copy = self.frame_copy(f if f >= FIRST_FRAME else 0, nid)
@@ -1759,16 +1763,26 @@ cdef class Engine:
         """Reclaim one slot's mapping of its frame; the number of slots that went.
 
         A lazily freed frame is dropped slot by slot, until one has written it since: then it is kept after all.
+        Slots go in the order of the processes' age, those that mremap moved last.
         """
         cdef uint32_t f = self.slot_frame(slot), s
         cdef uint64_t vpn = self.blocks[slot >> 6].vpn + (slot & 63), born = 0
+        cdef uint64_t home = vpn & 0xffffffff00000000u | self.frames[f].home
         cdef int gone = 0
         if not self.frames[f].flags & LAZY:
             return self.swap_out(slot)
+        if self.frames[f].flags & KSM:      # write-protected, so that no slot can have written it
+            self.vacate(slot)
+            return 1
+        if self.frames[f].flags & REDIRTIED:
+            self.frames[f].flags &= ~(LAZY | REDIRTIED)
         while self.frames[f].flags & LAZY:
-            s = self.next_mapper(f, vpn, &born)
+            s = self.next_mapper(f, home, &born)
             if s == NO_SLOT:
-                break
+                if vpn == home or self.slot_frame(slot) != f:
+                    break
+                s = slot
+                home = vpn
             if (self.blocks[s >> 6].lazy >> (s & 63)) & 1:
                 gone += 1
                 self.vacate(s)
@@ -1809,7 +1823,7 @@ cdef class Engine:
     def move(self, uint32_t mm, uint64_t old, uint64_t new, uint64_t n, bint marked):
         """Move what a range maps, already unmerged, to an empty range; items stay behind."""
         cdef uint32_t source, target, f
-        cdef uint64_t v
+        cdef uint64_t v, lazy
         cdef bint anon
         for v in self.touched(mm, old, n):
             target = self.make_slot(mm, new + (v - old))
@@ -1819,8 +1833,10 @@ cdef class Engine:
             self.touch_unstable(source)
             f = self.slot_frame(source)
             anon = (self.blocks[source >> 6].anon >> (source & 63)) & 1
+            lazy = (self.blocks[source >> 6].lazy >> (source & 63)) & 1
             self.set_slot(source, NOTHING, False)
             self.set_slot(target, f, anon)
+            self.blocks[target >> 6].lazy |= lazy << (target & 63)
             self.mark_slot(target, marked)
 
     def fork(self, uint32_t parent, uint32_t child):

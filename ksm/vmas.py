@@ -211,20 +211,23 @@ class VmaList:
         return low
 
     def _replace(self, start: int, end: int, new: list[Vma]) -> None:
-        """Put `new` in place of everything in [start, end), joining what is alike."""
+        """Put `new` in place of everything in [start, end), joined with a neighbour where they are alike.
+
+        Neighbours that prctl made alike stay apart until one of them changes.
+        """
         first = max(0, self._position(start) - 1)
         last = first
         while last < len(self._vmas) and self._vmas[last].start <= end:
             last += 1
         old = self._vmas[first:last]
-        parts = [replace(vma, end=min(vma.end, start)) for vma in old if vma.start < start]
-        parts += new
-        parts += [replace(vma, start=max(vma.start, end)) for vma in old if vma.end > end]
-        joined: list[Vma] = []
-        for vma in parts:
-            if joined and joined[-1].joins(vma):
-                before = joined[-1]
-                joined[-1] = replace(before, end=vma.end, family=before.family or vma.family)
-            else:
-                joined.append(vma)
-        self._vmas[first:last] = joined
+        before = [replace(vma, end=min(vma.end, start)) for vma in old if vma.start < start]
+        after = [replace(vma, start=max(vma.start, end)) for vma in old if vma.end > end]
+        if new and before and before[-1].joins(new[0]):
+            new = [_joined(before.pop(), new[0]), *new[1:]]
+        if new and after and new[-1].joins(after[0]):
+            new = [*new[:-1], _joined(new[-1], after.pop(0))]
+        self._vmas[first:last] = [*before, *new, *after]
+
+
+def _joined(left: Vma, right: Vma) -> Vma:
+    return replace(left, end=right.end, family=left.family or right.family)

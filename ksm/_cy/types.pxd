@@ -23,6 +23,7 @@ cdef enum:
     KSM = 4             # merged and write-protected
     LAZY = 8            # MADV_FREE'd through a slot; reclaim looks at the slots' own marks
     HUGE = 16           # part of a transparent huge page
+    REDIRTIED = 64      # LAZY, but merging took away a slot that had written it: reclaim keeps it once
     SWAPPED_KSM = 32    # was a KSM frame when it went to swap
 
     # StableNode.kind
@@ -59,6 +60,7 @@ ctypedef struct Frame:
     uint32_t swapped            # slots whose content it is in swap
     uint32_t pins               # others who need its content: a stable node, the erase log
     uint32_t node               # KSM: its stable node. Free: the next free frame
+    uint32_t home               # low half of the page number that it was first mapped at
     uint8_t nid
     uint8_t flags
 
