@@ -14,7 +14,8 @@ import time
 from typing import Any
 
 import ksm
-from tests.kernel.program import ARENA, PAGE, apply, at, content
+from tests.kernel.program import ARENA, apply, at, content
+from tests.kernel.real import PAGE
 from tests.model import ModelMachine
 
 ARENA_PAGES = 24
@@ -75,13 +76,14 @@ class Lockstep:
             if got == want:
                 continue
             if isinstance(want, dict):
-                lines = [f"{k}: model {want.get(k)}, {name} {got.get(k)}" for k in want | got if want.get(k) != got.get(k)]
-                self._fail("\n".join(lines))
+                differ = [key for key in want | got if want.get(key) != got.get(key)]
+                self._fail("\n".join(f"{key}: model {want.get(key)!r}, {name} {got.get(key)!r}" for key in differ))
             self._fail(f"{what}: model {want}, {name} {got}")
 
     def _fail(self, report: str) -> None:
         program = "\n".join(json.dumps(op) for op in self.program)
-        raise Disagreement(f"{report}\nafter operation {len(self.program) - 1} of Lockstep(**{self.variant}):\n{program}")
+        last = len(self.program) - 1
+        raise Disagreement(f"{report}\nafter operation {last} of Lockstep(**{self.variant}):\n{program}")
 
 
 def perform(machine: Any, op: Op) -> str:
@@ -145,7 +147,8 @@ def generate(
 
     kinds = {
         "write": 28, "scan": 22, "pages": 12, "advise": 9, "discard": 4, "unmap": 3, "map": 4, "birth": 5, "exit": 2,
-        "prctl": 2, "mremap": 3, "protect": 1, "read": 3, "tune": 5, "reclaim": 3 if swap else 0, "migrate": 4 * (nodes > 1),
+        "prctl": 2, "mremap": 3, "protect": 1, "read": 3, "tune": 5, "reclaim": 3,
+        "migrate": 4 if nodes > 1 else 0,
     }  # fmt: skip
     while len(ops) < nops:
         kind = rng.choices(list(kinds), list(kinds.values()))[0]

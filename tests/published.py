@@ -5,10 +5,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+from tests.kernel.real import KernelSession, RealMachine, why_not
+from tests.model import ModelMachine
 
 PAGE = 4096
 AT = 0x100000000000
@@ -415,7 +420,7 @@ def refusal(executor: str, case: Case) -> str | None:
             return "the kernel's processes cannot borrow memory"
         if case.nodes > len(list(Path("/sys/devices/system/node").glob("node[0-9]*"))):
             return f"this host has not {case.nodes} NUMA nodes"
-        return kernel_refusal()
+        return why_not()
     return None
 
 
@@ -433,3 +438,41 @@ def on_machine(index: str) -> Callable[[Case], contextlib.AbstractContextManager
 def on_model(case: Case) -> contextlib.AbstractContextManager[Any]:
     """The plain model."""
     return contextlib.nullcontext(ModelMachine(nodes=case.nodes))
+
+
+@contextlib.contextmanager
+def on_kernel(case: Case) -> Iterator[Any]:
+    """The running kernel."""
+    with KernelSession() as session, RealMachine(session) as machine:
+        yield machine
+
+
+def run(case: Case, executor: str) -> list[Row]:
+    """All figures of a case on an executor."""
+    with executors()[executor](case) as machine:
+        return list((case.shrunk or case.run)(machine) if executor == "kernel" else case.run(machine))
+
+
+def main() -> int:
+    names = sys.argv[1:] or ["hash", "kernel"]
+    wrong = 0
+    print(f"{'case':34} {'figure':40} {'published':>10}" + "".join(f" {name:>10}" for name in names))
+    for case in CASES:
+        why = {name: refusal(name, case) for name in names}
+        found = {name: run(case, name) for name in names if why[name] is None}
+        for at, row in enumerate(next(iter(found.values()), [])):
+            rows = {name: rows[at] for name, rows in found.items()}
+            marks = {name: f"{row.got}{'' if row.ok else ' !'}" for name, row in rows.items()}
+            wrong += sum(not row.ok for row in rows.values())
+            published = "a bound" if callable(row.expected) else row.expected
+            line = f"{case.name:34} {row.what:40} {published!s:>10}"
+            print(line + "".join(f" {marks.get(name, '-'):>10}" for name in names))
+        for name, reason in why.items():
+            if reason:
+                print(f"{case.name:34} not on {name}: {reason}")
+    print(f"{len(CASES)} cases, {wrong} wrong figures")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -66,9 +66,9 @@ class Machines(RuleBasedStateMachine):
     def exit(self, at: int) -> None:
         self.step("exit", self.process(at))
 
-    @rule(at=PAGES, option=st.sampled_from([67, 67, 68, 1]), value=st.integers(0, 2), third=st.sampled_from([0, 0, 0, 1]))
-    def prctl(self, at: int, option: int, value: int, third: int) -> None:
-        self.step("prctl", self.process(at), option, value, third)
+    @rule(at=PAGES, arguments=st.sampled_from([(67, 1), (67, 1), (67, 0), (67, 2), (68,), (68, 1), (67, 1, 1), (1,)]))
+    def prctl(self, at: int, arguments: tuple[int, ...]) -> None:
+        self.step("prctl", self.process(at), *arguments)
 
     # memory
 
@@ -114,7 +114,6 @@ class Machines(RuleBasedStateMachine):
     def migrate(self, at: int, page: int, count: int, node: int) -> None:
         self.step("migrate", self.process(at), page, count, node)
 
-    @precondition(lambda self: self.lockstep.swap)
     @rule()
     def reclaim(self) -> None:
         self.step("reclaim")
@@ -159,7 +158,7 @@ class Machines(RuleBasedStateMachine):
 
 def test_stateful() -> None:
     """Hypothesis looks for the shortest disagreement."""
-    run_state_machine_as_test(  # type: ignore[no-untyped-call]
+    run_state_machine_as_test(
         Machines,
         settings=settings(
             max_examples=60,

@@ -337,7 +337,7 @@ class Ksm:
         """Map the node's frame in place of `frame` and hang the item on the node."""
         if frame.huge is not None:
             self.memory.split_huge(frame)
-        self.memory.set_slot(item.mm, item.page, node.frame)
+        self.memory.set_slot(item.mm, item.page, node.frame, clean=True)
         self.hang(item, node)
 
     def hang(self, item: Item, node: StableNode) -> None:
@@ -578,6 +578,8 @@ class Ksm:
                 self.memory.split_huge(part)
         self.leave_tree(other)
         node = self.insert_stable(frame)
+        frame.dirty = True
+        frame.clean.add((item.mm, item.page))
         self.merge(other, theirs, node)
         self.hang(item, node)
 

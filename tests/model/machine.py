@@ -7,11 +7,24 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from tests.model.ksm import FOREVER, ITEM_BYTES, Ksm
-from tests.model.memory import HUGE_PAGES, KSM_ZERO, PROT_READ, PROT_WRITE, Frame, Memory, Mm, SwapEntry, Vma, fail
+from tests.model.memory import (
+    HUGE_PAGES,
+    KSM_ZERO,
+    LINKS,
+    PROT_READ,
+    PROT_WRITE,
+    Frame,
+    Memory,
+    Mm,
+    SwapEntry,
+    Vma,
+    fail,
+)
 from tests.model.sysfs import DEFAULT_PAGES_TO_SCAN, ModelSysfs
 
 DONTNEED, FREE, MERGEABLE, UNMERGEABLE, HUGEPAGE, NOHUGEPAGE, PAGEOUT = 4, 8, 12, 13, 14, 15, 21
 MAYMOVE, FIXED, DONTUNMAP = 1, 2, 4
+ADVICES = (DONTNEED, FREE, MERGEABLE, UNMERGEABLE, HUGEPAGE, NOHUGEPAGE, PAGEOUT)
 SET_MEMORY_MERGE, GET_MEMORY_MERGE = 67, 68
 TOP = 1 << 47
 WORD = 1 << 64
@@ -178,12 +191,12 @@ class ModelProcess:
         """Change the protection, up to the first hole."""
         start, end = self._range(addr, length)
         stop = start
-        for vma in self._mm.cut(start, end):
-            if vma.start != stop:
+        for vma in self._mm.vmas_in(start, end) if start < end else []:
+            if vma.start > stop:
                 break
-            vma.prot = prot
-            stop = vma.end
-        self._mm.join(start, end)
+            stop = min(vma.end, end)
+            if vma.prot != prot:
+                self._change(max(vma.start, start), stop, lambda part: setattr(part, "prot", prot))
         if stop < end:
             fail(errno.ENOMEM, "mprotect of a hole")
 
@@ -252,7 +265,8 @@ class ModelProcess:
         for page in mm.pages_in(start, start + old_n):
             slot = mm.slots[page]
             mm.tables.add((page - start + to) // HUGE_PAGES)
-            self._m.memory.set_slot(mm, page - start + to, slot)
+            clean = isinstance(slot, Frame) and (mm, page) in slot.clean
+            self._m.memory.set_slot(mm, page - start + to, slot, clean)
             self._m.memory.set_slot(mm, page, None)
         if not keep:
             self._unmap(start, start + old_n)
@@ -292,60 +306,45 @@ class ModelProcess:
 
     def madvise(self, addr: int, length: int, advice: int) -> None:
         """Advise on a range; ENOMEM after all mapped parts are done, when it has holes."""
-        do = {
-            MERGEABLE: self._mark,
-            UNMERGEABLE: self._unmark,
-            DONTNEED: self._discard,
-            FREE: self._free,
-            PAGEOUT: self._page_out,
-            HUGEPAGE: lambda vma: setattr(vma, "huge", True),
-            NOHUGEPAGE: lambda vma: setattr(vma, "huge", False),
-        }.get(advice)
-        if do is None:
+        start, end = self._range(addr, length) if advice in ADVICES else (0, 0)
+        if advice not in ADVICES:
             fail(errno.EINVAL, f"advice {advice}")
-        start, end = self._range(addr, length)
         if start == end:
             return
-        flags = advice in (MERGEABLE, UNMERGEABLE, HUGEPAGE, NOHUGEPAGE)
-        self._each(start, end, do, flags)
+        for vma in self._mm.vmas_in(start, end):
+            first, last = max(vma.start, start), min(vma.end, end)
+            if advice == MERGEABLE and not vma.mergeable:
+                self._m.engine.enter(self._mm)
+                self._change(first, last, lambda part: setattr(part, "mergeable", True))
+            elif advice == UNMERGEABLE and vma.mergeable:
+                self._m.engine.unmerge(self._mm, first, last)
+                self._change(first, last, lambda part: setattr(part, "mergeable", False))
+            elif advice in (HUGEPAGE, NOHUGEPAGE) and vma.huge != (advice == HUGEPAGE):
+                self._change(first, last, lambda part: setattr(part, "huge", advice == HUGEPAGE))
+            elif advice == DONTNEED:
+                self._m.memory.zap(self._mm, first, last)
+            elif advice == FREE:
+                self._free(first, last)
+            elif advice == PAGEOUT:
+                self._page_out(first, last)
         if not self._mm.covers(start, end):
             fail(errno.ENOMEM, "madvise of a hole")
 
-    def _each(self, start: int, end: int, do: Callable[[Vma], None], flags: bool) -> None:
-        if flags:
-            for vma in self._mm.cut(start, end):
-                do(vma)
-            self._mm.join(start, end)
-        else:
-            for vma in self._mm.vmas_in(start, end):
-                do(replace(vma, start=max(vma.start, start), end=min(vma.end, end)))
+    def _change(self, start: int, end: int, change: Callable[[Vma], None]) -> None:
+        """Change a part of one range, which may split it off or join it to a neighbour."""
+        (part,) = self._mm.cut(start, end)
+        change(part)
+        self._mm.join(start, end)
 
-    def _mark(self, vma: Vma) -> None:
-        if not vma.mergeable:
-            self._m.engine.enter(self._mm)
-            vma.mergeable = True
+    def _free(self, start: int, end: int) -> None:
+        for page in self._mm.pages_in(start, end):
+            self._m.memory.free(self._mm, page)
 
-    def _unmark(self, vma: Vma) -> None:
-        if vma.mergeable:
-            self._m.engine.unmerge(self._mm, vma.start, vma.end)
-            vma.mergeable = False
-
-    def _discard(self, vma: Vma) -> None:
-        self._m.memory.zap(self._mm, vma.start, vma.end)
-
-    def _free(self, vma: Vma) -> None:
-        for page in self._mm.pages_in(vma.start, vma.end):
-            slot = self._mm.slots[page]
-            if isinstance(slot, SwapEntry):
-                self._m.memory.set_slot(self._mm, page, None)
-            elif isinstance(slot, Frame) and len(slot.mappers) == 1 and slot.swap is None:
-                slot.lazy = True
-
-    def _page_out(self, vma: Vma) -> None:
-        for page in self._mm.pages_in(vma.start, vma.end):
+    def _page_out(self, start: int, end: int) -> None:
+        for page in self._mm.pages_in(start, end):
             slot = self._mm.slots.get(page)
             if isinstance(slot, Frame) and len(slot.mappers) == 1:
-                self._m.memory.swap_out(slot)
+                self._m.memory.evict(slot)
 
     def migrate(self, addr: int, length: int, node: int) -> None:
         """Move the frames that the range maps to another NUMA node, for all who map them."""
@@ -363,8 +362,9 @@ class ModelProcess:
         child = Mm(name, merge_any=self._mm.merge_any, tables=set(self._mm.tables))
         process = self._m._add(child)
         for page, slot in self._mm.slots.items():
-            self._m.memory.set_slot(child, page, slot)
-        child.vmas = [replace(vma, inherited=vma.family is not None) for vma in self._mm.vmas]
+            clean = isinstance(slot, Frame) and (self._mm, page) in slot.clean
+            self._m.memory.set_slot(child, page, slot, clean)
+        child.vmas = [replace(vma, inherited=vma.family is not None, linked=next(LINKS)) for vma in self._mm.vmas]
         if self._mm.registered:
             self._m.engine.enter(child)
         return process
@@ -392,7 +392,9 @@ class ModelProcess:
                 vma.mergeable = True
         elif not a2 and self._mm.merge_any:
             for vma in self._mm.vmas:
-                self._unmark(vma)
+                if vma.mergeable:
+                    self._m.engine.unmerge(self._mm, vma.start, vma.end)
+                    vma.mergeable = False
             self._mm.merge_any = False
         return 0
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from itertools import count, pairwise
 from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
@@ -34,8 +34,10 @@ class Frame:
         self.node = node  # NUMA
         self.home = home
         self.mappers: set[Where] = set()
+        self.clean: set[Where] = set()  # those of them through which it was not written since MADV_FREE or the merge
         self.ksm: StableNode | None = None
-        self.lazy = False  # MADV_FREE'd and not written since
+        self.dirty = False  # worth keeping whatever the mappings say
+        self.lazy = False  # MADV_FREE'd: reclaim may drop it
         self.swap: SwapEntry | None = None  # a copy still lies in swap, for others
         self.huge: list[Frame] | None = None  # the frames of the huge page that this one is part of
 
@@ -61,6 +63,7 @@ class ZeroPage:
     by_ksm: bool
 
 
+LINKS = count()
 READ_ZERO, KSM_ZERO = ZeroPage(False), ZeroPage(True)
 Slot = Frame | SwapEntry | ZeroPage
 
@@ -78,6 +81,7 @@ class Vma:
     shift: int = 0  # index of a page in its home = page number + shift
     family: object | None = None  # set at the first fault, inherited by fork
     inherited: bool = False  # the family came by fork
+    linked: int = field(default_factory=lambda: next(LINKS))  # when it joined its family in its present extent
 
     def joins(self, right: Vma) -> bool:
         """Whether this range and the one right behind it become one."""
@@ -85,7 +89,10 @@ class Vma:
             self.end == right.start
             and (self.prot, self.node, self.mergeable, self.huge, self.shift)
             == (right.prot, right.node, right.mergeable, right.huge, right.shift)
-            and (self.family is right.family or (None in (self.family, right.family) and not self.inherited | right.inherited))
+            and (
+                self.family is right.family
+                or (None in (self.family, right.family) and not (self.inherited or right.inherited))
+            )
         )
 
 
@@ -119,7 +126,10 @@ class Mm:
         out: list[Vma] = []
         for vma in self.vmas:
             marks = [vma.start, *(m for m in (start, end) if vma.start < m < vma.end), vma.end]
-            out += [replace(vma, start=a, end=b) for a, b in pairwise(marks)]
+            if len(marks) > 2:
+                out += [replace(vma, start=a, end=b, linked=next(LINKS)) for a, b in pairwise(marks)]
+            else:
+                out.append(vma)
         self.vmas = out
         return self.vmas_in(start, end)
 
@@ -128,7 +138,7 @@ class Mm:
         out: list[Vma] = []
         for vma in sorted(self.vmas, key=lambda v: v.start):
             if out and start <= vma.start <= end and out[-1].joins(vma):
-                out[-1] = replace(out[-1], end=vma.end, family=out[-1].family or vma.family)
+                out[-1] = replace(out[-1], end=vma.end, family=out[-1].family or vma.family, linked=next(LINKS))
             else:
                 out.append(vma)
         self.vmas = out
@@ -173,6 +183,7 @@ class Memory:
                 None,
             )
             vma.family = near.family if near else object()
+            vma.linked = next(LINKS)
         frame = Frame(content, vma.node, (vma.family, page + vma.shift))
         self.frames.add(frame)
         return frame
@@ -188,12 +199,13 @@ class Memory:
 
     # what a slot maps
 
-    def set_slot(self, mm: Mm, page: int, new: Slot | None) -> None:
+    def set_slot(self, mm: Mm, page: int, new: Slot | None, clean: bool = False) -> None:
         """Replace what a slot maps."""
         where = (mm, page)
         old = mm.slots.pop(page, None)
         if isinstance(old, Frame):
             old.mappers.discard(where)
+            old.clean.discard(where)
         elif isinstance(old, SwapEntry):
             old.refs.discard(where)
             if not old.refs and old.frame is not None:
@@ -203,6 +215,8 @@ class Memory:
             mm.slots[page] = new
         if isinstance(new, Frame):
             new.mappers.add(where)
+            if clean:
+                new.clean.add(where)
         elif isinstance(new, SwapEntry):
             new.refs.add(where)
 
@@ -236,7 +250,7 @@ class Memory:
     def own(self, mm: Mm, page: int, vma: Vma, frame: Frame) -> Frame:
         """Copy on write: a KSM frame always, another one when somebody else holds it too."""
         if frame.ksm is None and len(frame.mappers) == 1 and frame.swap is None:
-            frame.lazy = False
+            frame.clean.clear()
             return frame
         copy = self.new_frame(frame.content, mm, page, vma)
         if frame.ksm is not None:
@@ -286,24 +300,52 @@ class Memory:
         self.set_slot(mm, page, frame)
         return frame
 
-    def swap_out(self, frame: Frame) -> bool:
-        """Write a frame to swap (or drop it, when MADV_FREE'd); say whether it went."""
-        entry: SwapEntry | None = None
-        if not frame.lazy:
-            if frame.swap is None and self.swap_used() >= self.swap_pages:
-                return False
-            entry = frame.swap or SwapEntry(frame.content)
-            entry.frame, frame.swap = None, None
+    def free(self, mm: Mm, page: int) -> None:
+        """MADV_FREE: swap is given up at once, a frame when reclaim comes by, unless it is written before."""
+        slot = mm.slots[page]
+        if isinstance(slot, SwapEntry):
+            self.set_slot(mm, page, None)
+        elif isinstance(slot, Frame):
+            if slot.dirty or slot.swap is not None:
+                if len(slot.mappers) > 1:
+                    return
+                slot.dirty = False
+            slot.lazy = True
+            slot.clean.add((mm, page))
+
+    def evict(self, frame: Frame) -> None:
+        """Reclaim comes by: a frame goes to swap; a lazy one is dropped, for as long as its mappings are clean."""
         if frame.huge is not None:
             self.split_huge(frame)
+        if frame.lazy:
+            for mm, page in [] if frame.dirty else sorted(frame.mappers, key=in_walk_order):
+                if (mm, page) not in frame.clean:
+                    break
+                self.set_slot(mm, page, None)
+            frame.lazy = False
+            return
+        if frame.swap is None and self.swap_used() >= self.swap_pages:
+            return
+        entry = frame.swap or SwapEntry(frame.content)
+        entry.frame, frame.swap = None, None
         for mm, page in list(frame.mappers):
             self.set_slot(mm, page, entry)
-        return True
 
     def reclaim(self) -> None:
-        """Everything that can goes to swap, process by process, by address."""
-        for mm in list(self.mms.values()):
+        """Everything that can goes, process by process, by address; what stayed once may go the second time."""
+        for mm in list(self.mms.values()) * 2:
             for page in sorted(mm.slots):
                 slot = mm.slots.get(page)
                 if isinstance(slot, Frame):
-                    self.swap_out(slot)
+                    self.evict(slot)
+                elif isinstance(slot, SwapEntry) and slot.frame is not None and not slot.frame.mappers:
+                    slot.frame.swap = None
+                    slot.frame = None
+
+
+def in_walk_order(where: Where) -> tuple[int, int]:
+    """In which order a frame's mappers are gone through: by their range's start, then by when it got this extent."""
+    mm, page = where
+    vma = mm.vma_at(page)
+    assert vma is not None
+    return vma.start + vma.shift, vma.linked
