@@ -140,7 +140,8 @@ class KernelSession:
         stack.callback(self._channel.close)
         with theirs:
             zygote = subprocess.Popen([worker()], close_fds=False, preexec_fn=lambda: give_channel(theirs.fileno()))
-        stack.callback(zygote.wait)
+        stack.callback(zygote.wait, timeout=10)
+        stack.callback(zygote.kill)
         stack.callback(kill_all, work)
         (work / "cgroup.procs").write_text(str(zygote.pid))
 
@@ -290,7 +291,7 @@ def locked(path: Path) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
+        fcntl.flock(fd, fcntl.LOCK_EX)  # may wait for another's turn
         yield
     finally:
         os.close(fd)
