@@ -265,7 +265,8 @@ cdef extern from *:
     #endif
     }
 
-    static inline int fingerprint_run_form(int form, const uint8_t *base, size_t npages, size_t page_size, uint64_t *out) {
+    static inline int fingerprint_run_form(int form, const uint8_t *base, size_t npages, size_t page_size,
+                                           uint64_t *out) {
         switch (form == XXH3_FORM_BEST ? xxh3_forms[0] : form) {
         case XXH3_FORM_SCALAR: xxh3_run_scalar(base, npages, page_size, out); return 0;
     #if defined(__SSE2__)
