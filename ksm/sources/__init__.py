@@ -8,12 +8,12 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from ksm.errors import SourceError
-from ksm.sources.image import ArrayImage, Block, Image
+from ksm.sources.image import ArrayImage, Block, Image, Segment
 from ksm.sources.process import ProcessImage
 from ksm.sources.raw import RawImage
 from ksm.sources.snapshot import Snapshot
 
-__all__ = ["ArrayImage", "Block", "Image", "ProcessImage", "RawImage", "Snapshot", "open"]
+__all__ = ["ArrayImage", "Block", "Image", "ProcessImage", "RawImage", "Segment", "Snapshot", "open"]
 
 # Formats that a file's first bytes give away and that have no reader here: to take them for raw pages would be wrong.
 _OTHER_FORMATS: Mapping[bytes, str] = MappingProxyType(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType, TracebackType
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -20,12 +20,25 @@ Block: TypeAlias = tuple[int, Pages, Present | None]
 BLOCK_BYTES = 32 << 20  # of pages in one block: enough for the hashing threads, little beside the image
 
 
+class Segment(NamedTuple):
+    """A range of addresses that a source describes: a file, a VMA, a section of a dump. Pages of it may be missing.
+
+    >>> Segment(0x1000, 0x3000, "[heap]").length
+    12288
+    """
+
+    address: int
+    length: int
+    name: str = ""
+
+
 class Image(ABC):
     """Pages of one guest or process, in blocks by ascending address. A context manager.
 
     Attributes:
         name: what to call it in answers, usually what was opened.
         page_size: bytes a page.
+        segments: the ranges of addresses that `blocks` takes its pages from, ascending.
         npages: pages that `blocks` yields as present.
         holes: slots known to have been never touched; no block has them as present.
         anonymous_known: whether the source can tell a never-touched page from a zeroed one. A plain dump cannot:
@@ -41,6 +54,7 @@ class Image(ABC):
 
     name: str
     page_size: int
+    segments: tuple[Segment, ...]
     npages: int
     holes: int = 0
     anonymous_known: bool = False
@@ -106,6 +120,7 @@ class ArrayImage(Image):
             raise ValueError(f"{name}: present has shape {present.shape}, there are {len(pages)} pages")
         self.name = name
         self.page_size = pages.shape[1]
+        self.segments = (Segment(address, pages.nbytes),)
         self.npages = len(pages) if present is None else int(np.count_nonzero(present))
         self.holes = len(pages) - self.npages
         self.anonymous_known = anonymous_known

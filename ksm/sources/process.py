@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ksm.errors import SourceError, UnsupportedError, kernel_error
-from ksm.sources.image import BLOCK_BYTES, Block, Image
+from ksm.sources.image import BLOCK_BYTES, Block, Image, Segment
 from ksm.sources.pagemap import Pagemap
 
 # VmFlags of /proc/PID/smaps (Documentation/filesystems/proc.rst) that keep KSM away: shared, may be shared, raw page
@@ -129,6 +129,7 @@ class ProcessImage(Image):
         self._blocks: list[tuple[int, npt.NDArray[np.bool_]]] = []
         counts = dict.fromkeys(("file", "swapped", "zero page", "never mergeable", "not marked"), 0)
         self.npages = self.holes = 0
+        segments = []
         for area in self.areas:
             if area.start >= 1 << 63:  # [vsyscall]
                 continue
@@ -138,6 +139,7 @@ class ProcessImage(Image):
                 why = "not marked" if area.compatible else "never mergeable"
                 counts[why] += int(np.count_nonzero(slots.present))
                 continue
+            segments.append(Segment(area.start, area.end - area.start, area.what))
             mergeable = slots.mergeable
             counts["file"] += int(np.count_nonzero(slots.file))
             counts["swapped"] += int(np.count_nonzero(slots.swapped))
@@ -146,6 +148,7 @@ class ProcessImage(Image):
             self.npages += int(np.count_nonzero(mergeable))
             for first, last in _runs(mergeable, BLOCK_BYTES // self.page_size):
                 self._blocks.append((area.start + first * self.page_size, mergeable[first:last].copy()))
+        self.segments = tuple(segments)
         self.excluded = {why: count for why, count in counts.items() if count}
         self.anonymous_known = True
 

@@ -43,7 +43,7 @@ class Snapshot:
         found = []
         done = 0
         for address, pages, present in image.blocks():
-            prints = fingerprint(pages, threads)
+            prints = fingerprint(pages, threads, progress=_beyond(done, progress) if present is None else None)
             if present is not None:
                 prints = Fingerprints(prints.words, present)
             found.append((address, prints))
@@ -83,3 +83,7 @@ class Snapshot:
             present = ~zero if prints.present is None else prints.present & ~zero
             blocks.append((address, Fingerprints(prints.words, present)))
         return Snapshot(self.name, self.page_size, self.anonymous_known, self.zero_page_known, tuple(blocks))
+
+
+def _beyond(done: int, progress: Callable[[int], object] | None) -> Callable[[int], object] | None:
+    return None if progress is None else lambda now: progress(done + now)
