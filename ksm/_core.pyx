@@ -30,7 +30,7 @@ return values: NO_MEMORY (bookkeeping does not fit) and NO_FRAME (the simulated 
 
 cimport cython
 from cpython.bytes cimport PyBytes_FromStringAndSize
-from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc, realloc
 from libc.string cimport memcmp, memcpy, memset
 
@@ -44,8 +44,8 @@ from ksm._cy.table cimport (
 from ksm._cy.xxh3 cimport (
     XXH3_FORM_BEST, XXH3_FORM_NEON, XXH3_FORM_SCALAR, XXH3_FORM_SSE2, fingerprint_run_form, xxh3_128_best, xxh3_forms)
 from ksm._cy.types cimport (
-    CHAIN, DUP, FIRST_FRAME, FREE_NODE, HASHED, HUGE, IN_NONE, IN_STABLE, IN_UNSTABLE, KSM, KSM_ZERO,
-    LAZY, MIGRATING, NOTHING, OWNED, PLAIN, REDIRTIED, SLOTS, SWAPPED_KSM, ZERO_PAGE, Block, Frame, Space, StableNode)
+    CACHED, CHAIN, DIRTY, DUP, FIRST_FRAME, FREE_NODE, HASHED, HUGE, IN_NONE, IN_STABLE, IN_UNSTABLE, KSM, KSM_ZERO,
+    LAZY, MIGRATING, NOTHING, OWNED, PLAIN, SLOTS, ZERO_PAGE, Block, Frame, Space, StableNode)
 
 from ksm.errors import InvariantError, NoPageBytesError
 
@@ -131,6 +131,7 @@ cdef class Engine:
     cdef public bint merge_across_nodes
     cdef public bint use_zero_pages
     cdef public bint smart_scan
+    cdef public bint unmerging              # run is 2
     cdef public uint64_t prune_ticks        # stable_node_chains_prune_millisecs in ticks
     cdef public uint64_t tick               # virtual jiffies
 
@@ -365,7 +366,7 @@ cdef class Engine:
             return
         self.resident -= 1
         if frame.flags & KSM:
-            frame.flags = (frame.flags & ~KSM) | SWAPPED_KSM
+            frame.flags &= ~KSM
             if frame.node:
                 self.stable[frame.node].stale = 1
                 self.stale += 1
@@ -468,7 +469,7 @@ cdef class Engine:
             self.frames[frame].home = <uint32_t>(b.vpn + i)
         b.anon = b.anon | bit if anon else b.anon & ~bit
         b.settled &= ~bit
-        b.lazy &= ~bit
+        b.clean &= ~bit
 
     cdef void mark_slot(self, uint32_t slot, bint marked) noexcept nogil:
         cdef Block *b = self.blocks[slot >> 6]
@@ -499,6 +500,7 @@ cdef class Engine:
         """One swapped slot less refers to f."""
         self.frames[f].swapped -= 1
         if self.frames[f].swapped == 0:
+            self.frames[f].flags &= ~CACHED
             self.swapped_pages -= 1
         self.frame_release(f)
 
@@ -506,10 +508,11 @@ cdef class Engine:
         """Make an anonymous slot map another frame, which gains a mapper."""
         cdef uint32_t old = self.slot_frame(slot)
         self.touch_unstable(slot)
-        if self.frames[old].flags & LAZY and not (self.blocks[slot >> 6].lazy >> (slot & 63)) & 1:
-            self.frames[old].flags |= REDIRTIED
+        if not (self.blocks[slot >> 6].clean >> (slot & 63)) & 1:
+            self.frames[old].flags |= DIRTY
         self.frames[frame].mappers += 1
         self.set_slot(slot, frame, True)
+        self.blocks[slot >> 6].clean |= <uint64_t>1 << (slot & 63)
         self.frame_unmap(old)
 
     # ---- rmap items ----------------------------------------------------------------------------
@@ -1181,7 +1184,8 @@ cdef class Engine:
             self.build_unstable()
             self.unstable_changed = self.check_all = True
         self.leave_tree(other)
-        self.frames[f].flags = (self.frames[f].flags | KSM) & ~(LAZY | REDIRTIED)
+        self.frames[f].flags |= KSM | DIRTY
+        self.blocks[slot >> 6].clean |= <uint64_t>1 << (slot & 63)
         self.remap(other, f)
         n = self.stable_insert(f, nid)
         self.hang(other, n)
@@ -1395,14 +1399,14 @@ cdef class Engine:
         return ((self.blocks[slot >> 6].anon >> (slot & 63)) & 1 and not self.frames[f].flags & KSM and
                 self.frames[f].mappers == 1 and self.frames[f].swapped == 0)
 
-    cdef int own_frame(self, uint32_t slot, uint8_t nid) noexcept nogil:
+    cdef int own_frame(self, uint32_t slot, uint8_t nid, uint64_t origin) noexcept nogil:
         """Make the slot map a frame of its own, whose data may be written: a write fault."""
         cdef Block *b = self.blocks[slot >> 6]
         cdef uint32_t i = slot & 63, f = b.frame[i], copy
         cdef uint8_t *data
         cdef int done
         if f >= FIRST_FRAME and not (b.anon >> i) & 1:
-            done = self.swap_in(slot, nid)
+            done = self.swap_in(slot, nid, origin)
             if done < 0:
                 return done
             f = b.frame[i]
@@ -1416,8 +1420,8 @@ cdef class Engine:
                     return NO_MEMORY
                 memcpy(data, self.frames[f].data, self.width)
                 self.frames[f].data = data
-            self.frames[f].flags = (self.frames[f].flags | OWNED) & ~(HASHED | LAZY | REDIRTIED | SWAPPED_KSM)
-            b.lazy &= ~(<uint64_t>1 << i)
+            self.frames[f].flags = (self.frames[f].flags | OWNED) & ~(HASHED | LAZY | DIRTY)
+            b.clean &= ~(<uint64_t>1 << i)
             return 0
         copy = self.frame_copy(f if f >= FIRST_FRAME else 0, nid)
         if copy == 0:
@@ -1429,13 +1433,20 @@ cdef class Engine:
         self.set_slot(slot, copy, True)
         return 0
 
-    cdef int swap_in(self, uint32_t slot, uint8_t nid) noexcept nogil:
-        """Bring a swapped slot's content back; slots that shared a KSM frame get one frame each."""
+    cdef int swap_in(self, uint32_t slot, uint8_t nid, uint64_t origin) noexcept nogil:
+        """Bring a swapped slot's content back.
+
+        The first of several slots reads it into a frame that stays cached for the others. Of these, only one at
+        the same place of the same line of forks may map it, or any, if it has been merged meanwhile; the rest copy.
+        """
         cdef uint32_t f = self.slot_frame(slot), copy
         cdef Frame *frame = &self.frames[f]
-        if (frame.mappers == 0 or frame.flags & SWAPPED_KSM) and not self.has_room():
+        cdef uint16_t root = <uint16_t>self.spaces[self.blocks[slot >> 6].mm].root
+        cdef bint strange = (frame.flags & CACHED and (frame.home != <uint32_t>origin or frame.root != root)
+                             and not (frame.flags & KSM and not self.unmerging))
+        if (frame.mappers == 0 or strange) and not self.has_room():
             return NO_FRAME
-        if frame.flags & SWAPPED_KSM and frame.mappers:
+        if strange:
             copy = self.frame_copy(f, nid)
             if copy == 0:
                 return NO_MEMORY
@@ -1445,6 +1456,10 @@ cdef class Engine:
             if frame.mappers == 0:
                 self.resident += 1
                 frame.nid = nid
+            if not frame.flags & CACHED:
+                frame.flags |= CACHED
+                frame.home = <uint32_t>origin
+                frame.root = root
             frame.mappers += 1
             self.set_slot(slot, f, True)
         self.swap_drop(f)
@@ -1463,6 +1478,8 @@ cdef class Engine:
         frame.flags &= ~HUGE
         self.set_slot(slot, f, False)
         self.frame_unmap(f)
+        if frame.mappers == 0:
+            frame.flags &= ~CACHED
         return True
 
     cdef int unmerge_block(self, uint32_t id, uint64_t mask) noexcept nogil:
@@ -1473,7 +1490,7 @@ cdef class Engine:
         for i in range(SLOTS):
             f = b.frame[i]
             if (mask >> i) & 1 and (f == KSM_ZERO or ((b.anon >> i) & 1 and self.frames[f].flags & KSM)):
-                done = self.own_frame(id << 6 | i, self.frames[f].nid if f >= FIRST_FRAME else 0)
+                done = self.own_frame(id << 6 | i, self.frames[f].nid if f >= FIRST_FRAME else 0, 0)
                 if done < 0:
                     return done
         return 0
@@ -1520,7 +1537,7 @@ cdef class Engine:
         memset(&self.spaces[mm], 0, sizeof(Space))
         self.spaces[mm].alive = 1
         self.born += 1
-        self.spaces[mm].born = self.born
+        self.spaces[mm].born = self.spaces[mm].root = self.born
         return mm
 
     def use_fingerprints(self, uint64_t high, uint64_t low):
@@ -1633,19 +1650,20 @@ cdef class Engine:
             self.mark_slot(slot, marked)
         return True
 
-    def write(self, uint32_t mm, uint64_t vpn, uint32_t offset, const uint8_t[::1] data, bint marked, uint8_t nid):
-        """Write within one page: a write fault if need be, then the bytes."""
+    def write(self, uint32_t mm, uint64_t vpn, uint32_t offset, const uint8_t[::1] data, bint marked, uint8_t nid,
+              uint64_t origin):
+        """Write within one page: a write fault if need be, then the bytes. `origin` is vpn less what mremap moved it."""
         cdef uint32_t slot = self.make_slot(mm, vpn)
         if self.fingerprints_only:
             raise NoPageBytesError("this machine was built from fingerprints and has no page bytes to write")
         if slot == NO_SLOT:
             self.answer(NO_MEMORY)
-        self.answer(self.own_frame(slot, nid))
+        self.answer(self.own_frame(slot, nid, origin))
         self.mark_slot(slot, marked)
         if data.shape[0]:
             memcpy(<uint8_t *>self.frames[self.slot_frame(slot)].data + offset, &data[0], data.shape[0])
 
-    def read(self, uint32_t mm, uint64_t vpn, uint32_t offset, uint32_t n, bint marked, uint8_t nid):
+    def read(self, uint32_t mm, uint64_t vpn, uint32_t offset, uint32_t n, bint marked, uint8_t nid, uint64_t origin):
         """Read within one page: a read fault if need be, then the bytes."""
         cdef uint32_t slot = self.make_slot(mm, vpn), f
         if self.fingerprints_only:
@@ -1657,7 +1675,7 @@ cdef class Engine:
             self.set_slot(slot, ZERO_PAGE, False)
             self.mark_slot(slot, marked)
         elif f >= FIRST_FRAME and not (self.blocks[slot >> 6].anon >> (slot & 63)) & 1:
-            self.answer(self.swap_in(slot, nid))
+            self.answer(self.swap_in(slot, nid, origin))
             f = self.slot_frame(slot)
         if f < FIRST_FRAME:
             return bytes(n)
@@ -1731,9 +1749,9 @@ cdef class Engine:
                 continue
             if not (b.anon >> (slot & 63)) & 1:
                 self.vacate(slot)
-            elif self.frames[f].mappers == 1 or not self.frames[f].flags & KSM:
-                self.frames[f].flags |= LAZY
-                b.lazy |= <uint64_t>1 << (slot & 63)
+            elif self.frames[f].mappers == 1 or not (self.frames[f].flags & DIRTY or self.frames[f].swapped):
+                self.frames[f].flags = (self.frames[f].flags | LAZY) & ~DIRTY
+                b.clean |= <uint64_t>1 << (slot & 63)
 
     def page_out(self, uint32_t mm, uint64_t vpn, uint64_t n):
         """MADV_PAGEOUT: what only this space maps goes to swap, as far as there is room."""
@@ -1747,7 +1765,7 @@ cdef class Engine:
 
     def reclaim(self, uint64_t frames):
         """Swap out or drop by space and address, until so many frames are free (0: all that can); slots that went."""
-        cdef uint32_t mm, at, i, slot
+        cdef uint32_t mm, at, i, slot, f
         cdef uint64_t gone = 0, before = self.resident
         for mm in range(1, self.space_count):
             for at in range(self.spaces[mm].count):
@@ -1757,6 +1775,9 @@ cdef class Engine:
                         gone += self.evict(slot)
                         if frames and before - self.resident >= frames:
                             return gone
+        for f in range(FIRST_FRAME, self.frame_count):
+            if self.frames[f].mappers == 0:
+                self.frames[f].flags &= ~CACHED
         return gone
 
     cdef int evict(self, uint32_t slot) noexcept nogil:
@@ -1769,13 +1790,13 @@ cdef class Engine:
         cdef uint64_t vpn = self.blocks[slot >> 6].vpn + (slot & 63), born = 0
         cdef uint64_t home = vpn & 0xffffffff00000000u | self.frames[f].home
         cdef int gone = 0
+        if self.frames[f].flags & DIRTY:
+            self.frames[f].flags &= ~LAZY
         if not self.frames[f].flags & LAZY:
             return self.swap_out(slot)
-        if self.frames[f].flags & KSM:      # write-protected, so that no slot can have written it
+        if self.frames[f].flags & KSM:      # its slots lie anywhere, and are all clean
             self.vacate(slot)
             return 1
-        if self.frames[f].flags & REDIRTIED:
-            self.frames[f].flags &= ~(LAZY | REDIRTIED)
         while self.frames[f].flags & LAZY:
             s = self.next_mapper(f, home, &born)
             if s == NO_SLOT:
@@ -1783,7 +1804,7 @@ cdef class Engine:
                     break
                 s = slot
                 home = vpn
-            if (self.blocks[s >> 6].lazy >> (s & 63)) & 1:
+            if (self.blocks[s >> 6].clean >> (s & 63)) & 1:
                 gone += 1
                 self.vacate(s)
             else:
@@ -1823,7 +1844,7 @@ cdef class Engine:
     def move(self, uint32_t mm, uint64_t old, uint64_t new, uint64_t n, bint marked):
         """Move what a range maps, already unmerged, to an empty range; items stay behind."""
         cdef uint32_t source, target, f
-        cdef uint64_t v, lazy
+        cdef uint64_t v, clean
         cdef bint anon
         for v in self.touched(mm, old, n):
             target = self.make_slot(mm, new + (v - old))
@@ -1833,10 +1854,10 @@ cdef class Engine:
             self.touch_unstable(source)
             f = self.slot_frame(source)
             anon = (self.blocks[source >> 6].anon >> (source & 63)) & 1
-            lazy = (self.blocks[source >> 6].lazy >> (source & 63)) & 1
+            clean = (self.blocks[source >> 6].clean >> (source & 63)) & 1
             self.set_slot(source, NOTHING, False)
             self.set_slot(target, f, anon)
-            self.blocks[target >> 6].lazy |= lazy << (target & 63)
+            self.blocks[target >> 6].clean |= clean << (target & 63)
             self.mark_slot(target, marked)
 
     def fork(self, uint32_t parent, uint32_t child):
@@ -1844,6 +1865,7 @@ cdef class Engine:
         cdef uint32_t at, i, slot, f
         cdef Block *b
         cdef Block *c
+        self.spaces[child].root = self.spaces[parent].root
         for at in range(self.spaces[parent].count):
             b = self.blocks[self.spaces[parent].blocks[at]]
             if b.used == 0:
@@ -1858,7 +1880,7 @@ cdef class Engine:
                 if f == NOTHING:
                     continue
                 self.set_slot(slot + i, f, (b.anon >> i) & 1)
-                c.lazy |= b.lazy & <uint64_t>1 << i
+                c.clean |= b.clean & <uint64_t>1 << i
                 if f == KSM_ZERO:
                     self.ksm_zero_pages += 1
                     self.spaces[child].zero_pages += 1

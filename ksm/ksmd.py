@@ -259,8 +259,10 @@ class Ksmd:
             ):
                 raise kernel_error(errno.EBUSY, f"{name}: pages are shared; write 2 to run first")
             self._values[name] = value
-            if name == "run" and value == 2:
-                self._unmerge_all()
+            if name == "run":
+                self._engine.unmerging = value == 2
+                if value == 2:
+                    self._unmerge_all()
             elif name == "sleep_millisecs":
                 self._wake = self._now
             elif name == "advisor_mode":

@@ -515,7 +515,7 @@ class Process:
                 self._fault_huge(vma, vpn)
 
                 def work(vpn: int = vpn, offset: int = offset, part: memoryview = part, vma: Vma = vma) -> None:
-                    self._engine.write(self._mm, vpn, offset, part, vma.mergeable, vma.node)
+                    self._engine.write(self._mm, vpn, offset, part, vma.mergeable, vma.node, vpn - vma.moved)
 
                 self.machine._needs_frames(f"writing to {self.name}", work)
                 done += len(part)
@@ -539,7 +539,7 @@ class Process:
                 size = min(n - done, self._page - offset)
 
                 def work(vpn: int = vpn, offset: int = offset, size: int = size, vma: Vma = vma) -> bytes:
-                    return self._engine.read(self._mm, vpn, offset, size, vma.mergeable, vma.node)
+                    return self._engine.read(self._mm, vpn, offset, size, vma.mergeable, vma.node, vpn - vma.moved)
 
                 parts.append(self.machine._needs_frames(f"reading from {self.name}", work))
                 done += size

@@ -1,7 +1,7 @@
 # cython: language_level=3
 """The engine's structs: blocks of slots, frames, stable nodes, address spaces."""
 
-from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 
 cdef enum:
     SLOTS = 64          # slots of a block: one bit each in its masks
@@ -21,10 +21,10 @@ cdef enum:
     OWNED = 1           # data was allocated here; otherwise it is borrowed
     HASHED = 2          # hash is that of data
     KSM = 4             # merged and write-protected
-    LAZY = 8            # MADV_FREE'd through a slot; reclaim looks at the slots' own marks
+    LAZY = 8            # MADV_FREE'd through a slot; what reclaim drops are clean slots
     HUGE = 16           # part of a transparent huge page
-    REDIRTIED = 64      # LAZY, but merging took away a slot that had written it: reclaim keeps it once
-    SWAPPED_KSM = 32    # was a KSM frame when it went to swap
+    CACHED = 32         # read back from swap, where other slots still have it
+    DIRTY = 64          # the frame itself, by merging: reclaim does not drop it
 
     # StableNode.kind
     FREE_NODE = 0
@@ -39,7 +39,7 @@ ctypedef struct Block:
     uint64_t anon               # slots that map an anonymous frame now
     uint64_t marked             # slots in a VMA marked mergeable
     uint64_t item               # slots with an rmap item
-    uint64_t lazy               # slots that MADV_FREE'd their frame and have not written since
+    uint64_t clean              # slots that have not written since MADV_FREE or since a merge
     uint64_t settled            # slots whose item hangs on the node of the KSM frame that they map
     uint32_t mm
     uint32_t used               # slots whose frame is not NOTHING
@@ -60,7 +60,8 @@ ctypedef struct Frame:
     uint32_t swapped            # slots whose content it is in swap
     uint32_t pins               # others who need its content: a stable node, the erase log
     uint32_t node               # KSM: its stable node. Free: the next free frame
-    uint32_t home               # low half of the page number that it was first mapped at
+    uint32_t home               # low half of the page number where it was first mapped, or read back to
+    uint16_t root               # CACHED: low half of the space root that it was read back for
     uint8_t nid
     uint8_t flags
 
@@ -92,6 +93,7 @@ ctypedef struct Space:          # an mm
     uint32_t registered
     uint32_t any_marked         # has a VMA marked mergeable
     uint64_t born               # spaces in the order in which they were made
+    uint64_t root               # the space at the head of the line of forks
     uint64_t items
     uint64_t merging
     uint64_t zero_pages
