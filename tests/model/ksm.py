@@ -21,6 +21,7 @@ class Item:
         self.age = 0
         self.skips = 0
         self.node: StableNode | None = None
+        self.family: object | None = None  # its range's own, when it was hung on the node
         self.unshared = False  # in the unstable tree, of this pass or of the last
         self.place: RbNode[Item] | None = None  # its place there, while the tree is of this pass
         self.tree: RbTree[Item] | None = None
@@ -342,7 +343,10 @@ class Ksm:
 
     def hang(self, item: Item, node: StableNode) -> None:
         """One more item on a node."""
+        vma = item.mm.vma_at(item.page)
+        assert vma is not None
         item.node = node
+        item.family = vma.families[-1]
         node.items.append(item)
 
     # the stable trees

@@ -260,7 +260,7 @@ class ModelProcess:
         assert vma is not None
         if vma.mergeable:
             self._m.engine.unmerge(mm, start, start + old_n)
-        shift = vma.shift + start - to if vma.family is not None else 0
+        shift = vma.shift + start - to if vma.families else 0
         mm.vmas.append(replace(vma, start=to, end=to + new_n, shift=shift))
         for page in mm.pages_in(start, start + old_n):
             slot = mm.slots[page]
@@ -271,7 +271,7 @@ class ModelProcess:
         if not keep:
             self._unmap(start, start + old_n)
         elif (vma.start, vma.end) == (start, start + old_n):
-            vma.family, vma.inherited = None, False
+            vma.families = ()
         mm.join(to, to + new_n)
 
     def _unmap(self, start: int, end: int) -> None:
@@ -364,7 +364,7 @@ class ModelProcess:
         for page, slot in self._mm.slots.items():
             clean = isinstance(slot, Frame) and (self._mm, page) in slot.clean
             self._m.memory.set_slot(child, page, slot, clean)
-        child.vmas = [replace(vma, inherited=vma.family is not None, linked=next(LINKS)) for vma in self._mm.vmas]
+        child.vmas = [inherited(vma) for vma in self._mm.vmas]
         if self._mm.registered:
             self._m.engine.enter(child)
         return process
@@ -432,6 +432,11 @@ class ModelProcess:
             out.append((page, offset, at, count))
             at += count
         return out
+
+
+def inherited(vma: Vma) -> Vma:
+    """A child's copy of a range: it adds a family of its own to what its parent's has."""
+    return replace(vma, families=(*vma.families, object()) if vma.families else (), linked=next(LINKS))
 
 
 __all__ = ["KSM_ZERO", "ModelKsmd", "ModelMachine", "ModelProcess"]

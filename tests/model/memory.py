@@ -79,9 +79,14 @@ class Vma:
     mergeable: bool = False
     huge: bool = False
     shift: int = 0  # index of a page in its home = page number + shift
-    family: object | None = None  # set at the first fault, inherited by fork
-    inherited: bool = False  # the family came by fork
+    families: tuple[
+        object, ...
+    ] = ()  # one's own since the first fault, last; before it what came by fork, oldest first
     linked: int = field(default_factory=lambda: next(LINKS))  # when it joined its family in its present extent
+
+    def home(self, page: int) -> Home:
+        """Where a page of this range is born."""
+        return self.families[0], page + self.shift
 
     def joins(self, right: Vma) -> bool:
         """Whether this range and the one right behind it become one."""
@@ -90,8 +95,9 @@ class Vma:
             and (self.prot, self.node, self.mergeable, self.huge, self.shift)
             == (right.prot, right.node, right.mergeable, right.huge, right.shift)
             and (
-                self.family is right.family
-                or (None in (self.family, right.family) and not (self.inherited or right.inherited))
+                self.families == right.families
+                or (not right.families and len(self.families) == 1)
+                or (not self.families and len(right.families) == 1)
             )
         )
 
@@ -138,7 +144,7 @@ class Mm:
         out: list[Vma] = []
         for vma in sorted(self.vmas, key=lambda v: v.start):
             if out and start <= vma.start <= end and out[-1].joins(vma):
-                out[-1] = replace(out[-1], end=vma.end, family=out[-1].family or vma.family, linked=next(LINKS))
+                out[-1] = replace(out[-1], end=vma.end, families=out[-1].families or vma.families, linked=next(LINKS))
             else:
                 out.append(vma)
         self.vmas = out
@@ -170,21 +176,20 @@ class Memory:
             self.reclaim()
             if self.frames_used() >= self.ram_pages:
                 raise OutOfMemory(errno.ENOMEM, f"{mm.name}: no frame for page {page:#x}")
-        if vma.family is None:
+        if not vma.families:
             near = next(
                 (
                     v
                     for v in mm.vmas
-                    if v.family
-                    and not v.inherited
+                    if len(v.families) == 1
                     and (v.end == vma.start or vma.end == v.start)
                     and (v.mergeable, v.huge, v.node, v.shift) == (vma.mergeable, vma.huge, vma.node, vma.shift)
                 ),
                 None,
             )
-            vma.family = near.family if near else object()
+            vma.families = near.families if near else (object(),)
             vma.linked = next(LINKS)
-        frame = Frame(content, vma.node, (vma.family, page + vma.shift))
+        frame = Frame(content, vma.node, vma.home(page))
         self.frames.add(frame)
         return frame
 
@@ -289,7 +294,7 @@ class Memory:
 
     def swap_in(self, mm: Mm, page: int, vma: Vma, entry: SwapEntry) -> Frame:
         """Bring a page back: the first of a group gets the frame, strangers after it a copy."""
-        home = (vma.family, page + vma.shift)
+        home = vma.home(page)
         frame = entry.frame
         if frame is None:
             frame = self.new_frame(entry.content, mm, page, vma)
@@ -318,7 +323,7 @@ class Memory:
         if frame.huge is not None:
             self.split_huge(frame)
         if frame.lazy:
-            for mm, page in [] if frame.dirty else sorted(frame.mappers, key=in_walk_order):
+            for mm, page in [] if frame.dirty else sorted(self.findable(frame), key=in_walk_order):
                 if (mm, page) not in frame.clean:
                     break
                 self.set_slot(mm, page, None)
@@ -327,9 +332,23 @@ class Memory:
         if frame.swap is None and self.swap_used() >= self.swap_pages:
             return
         entry = frame.swap or SwapEntry(frame.content)
-        entry.frame, frame.swap = None, None
-        for mm, page in list(frame.mappers):
+        entry.frame, frame.swap = frame, entry
+        for mm, page in self.findable(frame):
             self.set_slot(mm, page, entry)
+        if not frame.mappers:
+            entry.frame, frame.swap = None, None
+
+    def findable(self, frame: Frame) -> list[Where]:
+        """The mappers that reclaim finds: of a KSM frame those with an item on its node, and what they forked."""
+        if frame.ksm is None:
+            return list(frame.mappers)
+        found = []
+        for mm, page in frame.mappers:
+            vma = mm.vma_at(page)
+            assert vma is not None
+            if any(item.page == page and item.family in vma.families for item in frame.ksm.items):
+                found.append((mm, page))
+        return found
 
     def reclaim(self) -> None:
         """Everything that can goes, process by process, by address; what stayed once may go the second time."""
