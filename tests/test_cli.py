@@ -97,6 +97,23 @@ def test_names_with_brackets_are_shown_as_they_are(run: Run, image: str, tmp_pat
     assert "[red]x[bold]" in run("estimate", "[red]x[bold]").stdout
 
 
+def test_nodes(run: Run, image: str) -> None:
+    apart = ("--nodes", "0,1", "--no-merge-across-nodes", "--json")
+    answer = json.loads(run("estimate", image, image, *apart).stdout)
+    one, two = answer["sources"]
+    assert one["pages_sharing"] == two["pages_sharing"] > 0 and two["duplicates_between"] == 0
+    simulated = json.loads(run("simulate", image, image, *apart, "--for", "20s", "--no-smart-scan").stdout)
+    assert simulated["settled"] == answer
+    for name in ("pages_shared", "pages_sharing", "pages_unshared"):
+        assert simulated["samples"][-1][name] == answer[name]
+    across = json.loads(run("estimate", image, image, "--nodes", "0,1", "--json").stdout)
+    assert across["sources"][1]["duplicates_between"] > 0
+    for command in ("estimate", "simulate"):
+        done = run(command, image, "--nodes", "0,1")
+        assert (done.returncode, done.stderr) == (2, "ksm: 2 nodes for 1 sources\n")
+        assert run(command, image, "--nodes", "0,x").returncode == 2
+
+
 # ---- simulate ---------------------------------------------------------------------------------------
 
 

@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 
 import click
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ksm.constants import MADV_MERGEABLE
 from ksm.machine import Machine, Process
@@ -40,6 +39,19 @@ def duration(ctx: click.Context | None, param: click.Parameter | None, value: st
     return seconds
 
 
+def numbers(ctx: click.Context | None, param: click.Parameter | None, value: str | None) -> list[int] | None:
+    """Small numbers from "0,1,0": the callback of an option.
+
+    >>> numbers(None, None, "0,1,0")
+    [0, 1, 0]
+    """
+    if value is None:
+        return None
+    if not re.fullmatch(r"\d{1,3}(,\d{1,3})*", value, re.ASCII):
+        raise click.BadParameter(f"{value!r} is not a list of node numbers, such as 0,1,0", ctx, param)
+    return [int(part) for part in value.split(",")]
+
+
 def source_arguments(function: F) -> F:
     """SOURCE..., and what says how they are read and merged.
 
@@ -58,6 +70,10 @@ def source_arguments(function: F) -> F:
                 show_default=True,
                 help="What all-zero pages of a dump are: pages that merge, or memory never touched.",
             ),
+            click.option(
+                "--nodes", callback=numbers, metavar="N,N,...", help="The NUMA node of each source.  [default: 0]"
+            ),
+            click.option("--merge-across-nodes/--no-merge-across-nodes", default=True, help="The tunable."),
             click.option("--marked-only", is_flag=True, help="Of processes, only what is marked mergeable now."),
             click.option("--page-size", type=int, default=None, help="Of raw images.  [default: 4096]"),
             click.option("--threads", type=click.IntRange(1), default=None, help="That hash.  [default: all CPUs]"),
@@ -129,6 +145,8 @@ def progress(what: str, quiet: bool = False) -> Iterator[Callable[[int, int], No
     if quiet or not sys.stderr.isatty():
         yield lambda done, total: None
         return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -142,18 +160,18 @@ def progress(what: str, quiet: bool = False) -> Iterator[Callable[[int, int], No
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def load(machine: Machine, snapshots: Sequence[Snapshot]) -> list[Process]:
+def load(machine: Machine, snapshots: Sequence[Snapshot], nodes: Sequence[int] | None = None) -> list[Process]:
     """A process for each snapshot, its pages at their addresses and all of them marked mergeable.
 
     >>> load(Machine(), [Snapshot("nothing", 4096, True, True, ())])[0].name
     'nothing'
     """
     processes = []
-    for snapshot in snapshots:
+    for snapshot, node in zip(snapshots, nodes or [0] * len(snapshots), strict=True):
         process = machine.spawn(_unused(machine, snapshot.name))
         for address, prints in snapshot.blocks:
             if len(prints):
-                process.mmap(prints, addr=address)
+                process.mmap(prints, addr=address, node=node)
         for vma in process.vmas:
             size = machine.page_size
             process.madvise(vma.start * size, (vma.end - vma.start) * size, MADV_MERGEABLE)

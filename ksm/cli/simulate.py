@@ -140,6 +140,8 @@ def simulate(
     max_page_sharing: int = 256,
     use_zero_pages: bool = False,
     zeros: Any = "merge",
+    nodes: Sequence[int] | None = None,
+    merge_across_nodes: bool = True,
     marked_only: bool = False,
     page_size: int | None = None,
     threads: int | None = None,
@@ -157,19 +159,24 @@ def simulate(
     """
     if seconds / every > _MOST_SAMPLES:
         raise ValueError(f"{seconds / every:,.0f} samples are too many; --every can be {seconds / _MOST_SAMPLES:g} s")
-    machine = Machine(kernel=kernel, page_size=page_size or 4096)
+    if nodes is not None and len(nodes) != len(sources):
+        raise ValueError(f"{len(nodes)} nodes for {len(sources)} sources")
+    machine = Machine(nodes=max(nodes or [0]) + 1, kernel=kernel, page_size=page_size or 4096)
     machine.ksm.max_page_sharing = max_page_sharing
     machine.ksm.use_zero_pages = use_zero_pages
+    machine.ksm.merge_across_nodes = merge_across_nodes
     machine.ksm.pages_to_scan = pages_to_scan
     machine.ksm.sleep_millisecs = sleep_millisecs
     if smart_scan is not None:
         machine.ksm.smart_scan = smart_scan
     with progress("fingerprinting", quiet) as show:
         taken = snapshots(sources, page_size, marked_only, threads, show)
-    settled = estimate(taken, max_page_sharing, use_zero_pages, zeros)
+    settled = estimate(
+        taken, max_page_sharing, use_zero_pages, zeros, nodes=nodes, merge_across_nodes=merge_across_nodes
+    )
     if zeros == "absent":
         taken = [snapshot if snapshot.anonymous_known else snapshot.without_zeros() for snapshot in taken]
-    load(machine, taken)
+    load(machine, taken, nodes)
     counted = settled.pages_sharing + (settled.ksm_zero_pages if machine.kernel.counts_zero_pages else 0)
     machine.ksm.run = 1
     with progress("simulating", quiet) as show:
