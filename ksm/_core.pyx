@@ -44,7 +44,7 @@ from ksm._cy.table cimport (
 from ksm._cy.xxh3 cimport (
     XXH3_FORM_BEST, XXH3_FORM_NEON, XXH3_FORM_SCALAR, XXH3_FORM_SSE2, fingerprint_run_form, xxh3_128_best, xxh3_forms)
 from ksm._cy.types cimport (
-    CACHED, CHAIN, DIRTY, DUP, FIRST_FRAME, FREE_NODE, HASHED, HUGE, IN_NONE, IN_STABLE, IN_UNSTABLE, KSM, KSM_ZERO,
+    CACHED, CHAIN, DIRTY, DUP, FIRST_FRAME, FREE_NODE, HASHED, HUGE, HUGE_ZERO, IN_NONE, IN_STABLE, IN_UNSTABLE, KSM, KSM_ZERO,
     LAZY, MIGRATING, NOTHING, OWNED, PLAIN, SLOTS, ZERO_PAGE, Block, Frame, Space, StableNode)
 
 from ksm.errors import InvariantError, NoPageBytesError
@@ -487,7 +487,7 @@ cdef class Engine:
             self.ksm_zero_pages -= 1
             self.spaces[b.mm].zero_pages -= 1
             self.set_slot(slot, NOTHING, False)
-        elif f == ZERO_PAGE:
+        elif f < FIRST_FRAME:
             self.set_slot(slot, NOTHING, False)
         elif (b.anon >> (slot & 63)) & 1:
             self.set_slot(slot, NOTHING, False)
@@ -1102,12 +1102,19 @@ cdef class Engine:
     cdef void visit(self, uint32_t slot) noexcept nogil:
         """Everything that ksmd does at one slot, whose item exists."""
         cdef Block *b = self.blocks[slot >> 6]
-        cdef uint32_t i = slot & 63, f = b.frame[i], n = 0
-        cdef uint32_t sum
+        cdef uint32_t f = b.frame[slot & 63]
         cdef uint8_t nid = 0 if self.merge_across_nodes else self.frames[f].nid
         if self.frames[f].flags & KSM:
             self.visit_ksm(slot, f, nid)
             return
+        self.frames[f].pins += 1
+        self.visit_frame(slot, f, nid)
+        self.frame_unpin(f)
+
+    cdef void visit_frame(self, uint32_t slot, uint32_t f, uint8_t nid) noexcept nogil:
+        """A visit to a slot that maps an ordinary frame, pinned by the caller: it may be merged away meanwhile."""
+        cdef Block *b = self.blocks[slot >> 6]
+        cdef uint32_t i = slot & 63, n = 0, sum
         if self.gate_first:
             self.leave_tree(slot)
         else:
@@ -1121,8 +1128,13 @@ cdef class Engine:
         if b.checksum[i] != sum:
             b.checksum[i] = sum
             return
-        if self.use_zero_pages and self.is_zero(f) and self.merge_with_zero(slot):
-            return
+        if self.use_zero_pages and self.is_zero(f):
+            if self.split_huge(slot):
+                self.merge_with_zero(slot)
+                return
+            # The split gave the page back under ksmd's hands, which goes on searching with what it held.
+            self.build_unstable()
+            self.unstable_changed = True
         if self.gate_first:
             n = self.stable_search(f, nid)
             if n:
@@ -1131,6 +1143,8 @@ cdef class Engine:
         n = self.unstable_search(slot, f, nid)
         if n < SEARCH_GIVEN_UP:
             self.merge_two(slot, n, nid)
+        elif n == NOT_FOUND and self.slot_frame(slot) != f:
+            self.touch_unstable(slot)
 
     cdef void visit_ksm(self, uint32_t slot, uint32_t f, uint8_t nid) noexcept nogil:
         """A visit to a slot that maps a KSM frame: hang its item on the frame's node, even a full one."""
@@ -1152,32 +1166,30 @@ cdef class Engine:
 
     cdef void merge_with(self, uint32_t slot, uint32_t n) noexcept nogil:
         """Map the stable node's frame in place of the slot's, which has the same content."""
-        if not self.split_huge(slot):
+        if self.slot_frame(slot) < FIRST_FRAME or not self.split_huge(slot):
             return
         self.merges += 1
         self.remap(slot, self.stable[n].frame)
         self.hang(slot, n)
 
-    cdef bint merge_with_zero(self, uint32_t slot) noexcept nogil:
+    cdef void merge_with_zero(self, uint32_t slot) noexcept nogil:
         """Map the shared zero page for ksmd (use_zero_pages)."""
-        cdef Block *b = self.blocks[slot >> 6]
-        cdef uint32_t f
-        if not self.split_huge(slot):
-            return True
-        f = self.slot_frame(slot)
+        cdef uint32_t f = self.slot_frame(slot)
         self.merges += 1
         self.set_slot(slot, KSM_ZERO, False)
         self.frame_unmap(f)
         self.ksm_zero_pages += 1
-        self.spaces[b.mm].zero_pages += 1
-        return True
+        self.spaces[self.blocks[slot >> 6].mm].zero_pages += 1
 
     cdef void merge_two(self, uint32_t slot, uint32_t other, uint8_t nid) noexcept nogil:
         """The slot's frame becomes the KSM frame of both, under a new stable node."""
         cdef uint32_t f = self.slot_frame(slot), n
-        if not self.split_huge(slot):
+        if f < FIRST_FRAME:
             return
-        if not self.split_huge(other):
+        if self.one_huge_page(slot, other):     # it is split, and its parts can merge from the next pass on
+            self.split_huge(slot)
+            return
+        if not self.split_huge(slot) or not self.split_huge(other):
             return
         self.merges += 1
         if self.frames[f].mappers > 1:
@@ -1191,19 +1203,50 @@ cdef class Engine:
         self.hang(other, n)
         self.hang(slot, n)
 
+    cdef bint one_huge_page(self, uint32_t slot, uint32_t other) noexcept nogil:
+        """Whether two slots map parts of one huge page."""
+        cdef uint32_t f = self.slot_frame(slot), g = self.slot_frame(other), near
+        cdef Block *b = self.blocks[slot >> 6]
+        cdef uint64_t unit = (b.vpn + (slot & 63)) & ~<uint64_t>(self.huge - 1)
+        if not (self.frames[f].flags & HUGE and self.frames[g].flags & HUGE):
+            return False
+        near = self.find_slot(b.mm, unit + (self.frames[g].home & (self.huge - 1)))
+        return near != NO_SLOT and self.slot_frame(near) == g
+
     cdef bint split_huge(self, uint32_t slot) noexcept nogil:
         """Split the huge page that the slot is part of; whether the slot still maps its frame.
 
         Since 6.12 a split gives all-zero pages back: their slots map the shared zero page, uncounted.
         """
-        cdef uint32_t f = self.slot_frame(slot), s, left
+        cdef uint32_t f = self.slot_frame(slot), mm
         cdef Block *b = self.blocks[slot >> 6]
-        cdef uint64_t born, vpn, first = (b.vpn + (slot & 63)) & ~<uint64_t>(self.huge - 1)
+        cdef uint64_t first = (b.vpn + (slot & 63)) & ~<uint64_t>(self.huge - 1)
         if not self.frames[f].flags & HUGE:
             return True
-        # A fork shares huge pages: every space that maps them at this address takes part.
+        for mm in range(1, self.space_count):   # fork shares huge pages
+            if mm == b.mm or self.shares_unit(b.mm, mm, first):
+                self.split_unit(mm, first)
+        return (self.blocks[slot >> 6].anon >> (slot & 63)) & 1
+
+    cdef bint shares_unit(self, uint32_t mm, uint32_t other, uint64_t first) noexcept nogil:
+        """Whether two spaces map a frame in common in the huge page's range."""
+        cdef uint64_t vpn
+        cdef uint32_t s, t
         for vpn in range(first, first + self.huge):
-            s = self.find_slot(b.mm, vpn)
+            s = self.find_slot(mm, vpn)
+            t = self.find_slot(other, vpn)
+            if s == NO_SLOT or t == NO_SLOT:
+                continue
+            if self.slot_frame(s) >= FIRST_FRAME and self.slot_frame(s) == self.slot_frame(t):
+                return True
+        return False
+
+    cdef void split_unit(self, uint32_t mm, uint64_t first) noexcept nogil:
+        """Make the frames of one space's huge page single ones, and give the all-zero ones back."""
+        cdef uint64_t vpn, born
+        cdef uint32_t s, f, left
+        for vpn in range(first, first + self.huge):
+            s = self.find_slot(mm, vpn)
             if s == NO_SLOT or not (self.blocks[s >> 6].anon >> (s & 63)) & 1:
                 continue
             f = self.slot_frame(s)
@@ -1222,7 +1265,6 @@ cdef class Engine:
                 self.set_slot(s, ZERO_PAGE, False)
                 self.frame_unmap(f)
                 left -= 1
-        return (self.blocks[slot >> 6].anon >> (slot & 63)) & 1
 
     # ---- NUMA: KSM frames that lie on another node than their tree -------------------------------
 
@@ -1631,22 +1673,28 @@ cdef class Engine:
                 self.mark_slot(slot, marked)
         self.answer(done)
 
-    def populate_huge(self, uint32_t mm, uint64_t vpn, bint marked, uint8_t nid):
-        """Map a zero-filled huge page at vpn if nothing is mapped there yet; whether it did."""
+    def populate_huge(self, uint32_t mm, uint64_t vpn, bint writing, bint marked, uint8_t nid):
+        """Fault on a huge page's range: zero-filled frames on a write, the huge zero page on a read.
+
+        Only where nothing is mapped yet, or, on a write, nothing but the huge zero page; whether it was done.
+        """
         cdef uint64_t k
         cdef uint32_t slot, f
         for k in range(self.huge):
             slot = self.find_slot(mm, vpn + k)
-            if slot != NO_SLOT and self.slot_frame(slot) != NOTHING:
+            f = NOTHING if slot == NO_SLOT else self.slot_frame(slot)
+            if f != NOTHING and not (writing and f == HUGE_ZERO):
                 return False
-        if not self.has_room(self.huge):
+        if writing and not self.has_room(self.huge):
             return False
         for k in range(self.huge):
             slot = self.make_slot(mm, vpn + k)
-            f = 0 if slot == NO_SLOT else self.frame_new(self.zero, HUGE, nid)
-            if f == 0:
+            f = HUGE_ZERO
+            if writing and slot != NO_SLOT:
+                f = self.frame_new(self.zero, HUGE, nid)
+            if slot == NO_SLOT or f == 0:
                 self.answer(NO_MEMORY)
-            self.set_slot(slot, f, True)
+            self.set_slot(slot, f, writing)
             self.mark_slot(slot, marked)
         return True
 
@@ -1790,6 +1838,10 @@ cdef class Engine:
         cdef uint64_t vpn = self.blocks[slot >> 6].vpn + (slot & 63), born = 0
         cdef uint64_t home = vpn & 0xffffffff00000000u | self.frames[f].home
         cdef int gone = 0
+        if self.frames[f].flags & HUGE and self.max_swapped == 0:
+            self.split_huge(slot)
+            if self.slot_frame(slot) != f:
+                return 1
         if self.frames[f].flags & DIRTY:
             self.frames[f].flags &= ~LAZY
         if not self.frames[f].flags & LAZY:

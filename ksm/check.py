@@ -9,7 +9,7 @@ from typing import Any
 from ksm.errors import InvariantError
 
 # Numbers of ksm._cy.types.
-_ZERO_PAGE, _KSM_ZERO, _FIRST_FRAME = 1, 2, 3
+_KSM_ZERO, _FIRST_FRAME = 2, 4
 _IN_STABLE, _IN_UNSTABLE = 1, 2
 _PLAIN, _DUP, _CHAIN, _MIGRATING = 1, 2, 3, 4
 _KSM, _FLAG, _NO_SLOT = 4, 0x8000_0000, 0xFFFF_FFFF

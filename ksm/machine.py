@@ -512,7 +512,7 @@ class Process:
                 part = view[done : done + self._page - offset]
                 if not vma.family:
                     self._vmas.found_family(vma)
-                self._fault_huge(vma, vpn)
+                self._fault_huge(vma, vpn, True)
 
                 def work(vpn: int = vpn, offset: int = offset, part: memoryview = part, vma: Vma = vma) -> None:
                     self._engine.write(self._mm, vpn, offset, part, vma.mergeable, vma.node, vpn - vma.moved)
@@ -537,6 +537,7 @@ class Process:
                 vpn, offset = divmod(addr + done, self._page)
                 vma = self._accessible(vpn, PROT_READ | PROT_WRITE)
                 size = min(n - done, self._page - offset)
+                self._fault_huge(vma, vpn, False)
 
                 def work(vpn: int = vpn, offset: int = offset, size: int = size, vma: Vma = vma) -> bytes:
                     return self._engine.read(self._mm, vpn, offset, size, vma.mergeable, vma.node, vpn - vma.moved)
@@ -551,7 +552,7 @@ class Process:
             raise kernel_error(errno.EFAULT, f"{self.name} at {vpn * self._page:#x}")
         return vma
 
-    def _fault_huge(self, vma: Vma, vpn: int) -> None:
+    def _fault_huge(self, vma: Vma, vpn: int, writing: bool) -> None:
         """Populate a whole huge page where the policy and the VMA allow it and nothing is mapped yet."""
         policy = self.machine.transparent_hugepage
         if policy == "never" or vma.huge is False or (policy == "madvise" and not vma.huge):
@@ -559,7 +560,7 @@ class Process:
         size = self._page // 8
         first = vpn - vpn % size
         if first >= vma.start and first + size <= vma.end:
-            self._engine.populate_huge(self._mm, first, vma.mergeable, vma.node)
+            self._engine.populate_huge(self._mm, first, writing, vma.mergeable, vma.node)
 
     # ---- advice --------------------------------------------------------------------------------
 

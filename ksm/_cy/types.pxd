@@ -10,7 +10,8 @@ cdef enum:
     NOTHING = 0         # never touched, or unmapped
     ZERO_PAGE = 1       # the shared zero page, mapped by a read or by a huge page's split
     KSM_ZERO = 2        # the shared zero page, mapped by ksmd (use_zero_pages)
-    FIRST_FRAME = 3
+    HUGE_ZERO = 3       # part of the huge zero page, mapped by a read
+    FIRST_FRAME = 4
 
     # Block.state: the tree that the slot's rmap item is in.
     IN_NONE = 0
