@@ -113,8 +113,17 @@ class ProcessImage(Image):
                 return SourceError(f"{self.name}: {_NO_MEMORY}")
             return SourceError(f"{self.name}: no such process")
         if error.errno in (errno.EACCES, errno.EPERM):
+            if self._is_zombie():  # whose memory only root may open, to find none
+                return SourceError(f"{self.name}: {_NO_MEMORY}")
             return kernel_error(error.errno, f"{self.name}: its memory can be read by its own user or by root")
         return SourceError(f"{self.name}: {error.strerror}")
+
+    def _is_zombie(self) -> bool:
+        try:
+            with open(f"/proc/{self.pid}/stat", encoding="utf-8", errors="replace") as stat:
+                return stat.read().rpartition(")")[2].split()[0] in "ZX"
+        except OSError:
+            return False
 
     def _survey(self) -> None:
         """Find the pages: (address, present flags) of every block to come."""
