@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import fcntl
 import functools
@@ -23,6 +24,7 @@ SYSFS = Path("/sys/kernel/mm/ksm")
 LOCK = Path("/run/lock/ksm-kernel.lock")
 CGROUPS = Path("/sys/fs/cgroup/memory")
 ZRAM = Path("/sys/block/zram0")
+KHUGEPAGED = Path("/sys/kernel/mm/transparent_hugepage/khugepaged/scan_sleep_millisecs")
 SWAP_BYTES = 256 << 20
 PAGE = 4096
 FOREVER_MS = 10_000_000
@@ -96,6 +98,7 @@ class KernelSession:
         self._swap = swap
         self._files: dict[str, int] = {}
         self._sleep = FOREVER_MS
+        self.processes: set[RealProcess] = set()
 
     def __enter__(self) -> KernelSession:
         with ExitStack() as stack:
@@ -119,10 +122,12 @@ class KernelSession:
         stack.enter_context(locked(LOCK))
         stack.enter_context(pinned())
         require_unused()
+        if KHUGEPAGED.exists():
+            stack.enter_context(khugepaged_asleep())
         for name in [*TUNABLES, *COUNTERS]:
             self._files[name] = opened(stack, SYSFS / name, os.O_RDWR if name in TUNABLES else os.O_RDONLY)
         self._vmstat = opened(stack, Path("/proc/vmstat"), os.O_RDONLY)
-        self._ksmd = opened(stack, find_ksmd() / "stat", os.O_RDONLY)
+        self._ksmd = opened(stack, kernel_thread("ksmd") / "stat", os.O_RDONLY)
         if self._swap:
             stack.enter_context(swap_on_zram())
         stack.callback(self._restore, {name: selected(self.read(name)) for name in TUNABLES})
@@ -139,11 +144,16 @@ class KernelSession:
         self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         stack.callback(self._channel.close)
         with theirs:
-            zygote = subprocess.Popen([worker()], close_fds=False, preexec_fn=lambda: give_channel(theirs.fileno()))
+            zygote = subprocess.Popen([worker(), str(theirs.fileno())], pass_fds=[theirs.fileno()])
+        stack.callback(self._forget_processes)
         stack.callback(zygote.wait, timeout=10)
         stack.callback(zygote.kill)
         stack.callback(kill_all, work)
         (work / "cgroup.procs").write_text(str(zygote.pid))
+
+    def _forget_processes(self) -> None:
+        for process in list(self.processes):
+            process.close()
 
     def _restore(self, saved: dict[str, str]) -> None:
         """All tunables as they were; KSM pages must go first, since they forbid changes."""
@@ -176,7 +186,7 @@ class KernelSession:
         self.flush()
         self.write("pages_to_scan", str(pages))
         self.write("run", "1")
-        self._wait_for_sleep(f"a batch of {pages:,} pages")
+        wait_for_sleep(self._ksmd, f"a batch of {pages:,} pages")
         self.write("run", "0")
         self._park()
 
@@ -188,18 +198,7 @@ class KernelSession:
         """Move ksmd from its sleep between batches to its sleep until `run` changes."""
         self._sleep = FOREVER_MS + (self._sleep == FOREVER_MS)
         self.write("sleep_millisecs", str(self._sleep))
-        self._wait_for_sleep("being parked")
-
-    def _wait_for_sleep(self, what: str) -> None:
-        """Until ksmd sleeps again: the write that woke it returned, and waiting for locks is another state than S."""
-        deadline = time.monotonic() + PATIENCE
-        spins = 0
-        while b") S " not in os.pread(self._ksmd, 64, 0):
-            spins += 1
-            if spins > 20:
-                time.sleep(0.00005)
-                if time.monotonic() > deadline:
-                    raise TimeoutError(f"ksmd did not finish {what} in {PATIENCE:g} s")
+        wait_for_sleep(self._ksmd, "being parked")
 
     def evict(self) -> None:
         """Have the kernel reclaim all it can of the workers' memory: until two rounds in a row got nothing.
@@ -261,12 +260,38 @@ def number_after(text: bytes, name: bytes) -> int:
     return int(text[start : text.index(b"\n", start)])
 
 
-def find_ksmd() -> Path:
+def kernel_thread(name: str) -> Path:
     for process in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
-            if (process / "comm").read_text() == "ksmd\n" and not os.path.exists(process / "exe"):
+            if (process / "comm").read_text() == f"{name}\n" and not os.path.exists(process / "exe"):
                 return process
-    raise Unavailable("ksmd is not to be seen; is this a container?")
+    raise Unavailable(f"{name} is not to be seen; is this a container?")
+
+
+def wait_for_sleep(stat: int, what: str) -> None:
+    """Until a thread that was just woken sleeps again. Waiting for a lock is another state than S."""
+    deadline = time.monotonic() + PATIENCE
+    spins = 0
+    while b") S " not in os.pread(stat, 64, 0):
+        spins += 1
+        if spins > 20:
+            time.sleep(0.00005)
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"the kernel did not finish {what} in {PATIENCE:g} s")
+
+
+@contextmanager
+def khugepaged_asleep() -> Iterator[None]:
+    """Else it makes huge pages of ours at its own pace. A change of its interval wakes it once."""
+    before = KHUGEPAGED.read_text()
+    stat = os.open(kernel_thread("khugepaged") / "stat", os.O_RDONLY)
+    try:
+        KHUGEPAGED.write_text(str(FOREVER_MS))
+        wait_for_sleep(stat, "khugepaged's last look round")
+        yield
+    finally:
+        KHUGEPAGED.write_text(before)
+        os.close(stat)
 
 
 def is_mergeable(process: Path) -> bool:
@@ -279,7 +304,7 @@ def require_unused() -> None:
     """Nobody's memory but ours may be registered: it would be scanned, counted and unmerged too."""
     if (SYSFS / "run").read_text() == "1\n":
         raise Unavailable("KSM is running on this host")
-    deadline = time.monotonic() + 2  # the last session's workers may still be on their way out
+    deadline = time.monotonic() + 10  # tests of others, and the last session's workers, go away
     while found := [p for p in Path("/proc").glob("[0-9]*") if is_mergeable(p)]:
         if time.monotonic() > deadline:
             raise Unavailable(f"process {found[0].name} on this host has memory registered with KSM")
@@ -378,19 +403,8 @@ def worker() -> Path:
     directory = tempfile.TemporaryDirectory(prefix="ksm-worker-")
     path = Path(directory.name) / "worker"
     subprocess.run(["cc", "-O2", "-static", "-o", path, Path(__file__).with_name("worker.c")], check=True)
-    _directories.append(directory)
+    atexit.register(directory.cleanup)
     return path
-
-
-_directories: list[tempfile.TemporaryDirectory[str]] = []
-
-
-def give_channel(fd: int) -> None:
-    """Make fd descriptor 3 of the program about to start."""
-    if fd == 3:
-        os.set_inheritable(3, True)
-    else:
-        os.dup2(fd, 3)
 
 
 def kill_all(group: Path) -> None:
@@ -419,6 +433,7 @@ class RealProcess:
     def __init__(self, machine: RealMachine, name: str, pid: int, channel: socket.socket) -> None:
         self.machine, self.name, self.pid, self._channel = machine, name, pid, channel
         self._stat = os.open(f"/proc/{pid}/ksm_stat", os.O_RDONLY)
+        machine.session.processes.add(self)
 
     def _call(self, op: int, *numbers: int, data: bytes = b"") -> tuple[int, bytes]:
         words = [n % (1 << 64) for n in numbers] + [0] * (5 - len(numbers))
@@ -464,8 +479,13 @@ class RealProcess:
         self._channel.send(COMMAND.pack(EXIT, 0, 0, 0, 0, 0))
         while self._channel.recv(16):  # the end comes after the address space has gone
             pass
+        self.close()
+
+    def close(self) -> None:
+        """Let go of a worker that is no more."""
         self._channel.close()
         os.close(self._stat)
+        self.machine.session.processes.discard(self)
         del self.machine.processes[self.name]
 
     @property

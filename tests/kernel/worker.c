@@ -1,4 +1,4 @@
-/* A process that does as it is told: one command a packet on descriptor 3, one reply each.
+/* A process that does as it is told: one command a packet on the descriptor it is given, one reply each.
  *
  * Its own memory must not show in KSM's counters: it allocates nothing, and when its process opts in to merging
  * as a whole it takes every mapping outside the arena out again at once.
@@ -9,6 +9,7 @@
 #include <setjmp.h>
 #include <signal.h>
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
@@ -108,8 +109,14 @@ static void churn(void)
 	munmap(p, length);
 }
 
-int main(void)
+int main(int count, char **arguments)
 {
+	if (count != 2) return 2;
+	int given = atoi(arguments[1]);
+	if (given != CHANNEL) {
+		dup2(given, CHANNEL);
+		close(given);
+	}
 	struct sigaction action = {.sa_handler = on_fault, .sa_flags = SA_NODEFER};
 	sigaction(SIGSEGV, &action, NULL);
 	sigaction(SIGBUS, &action, NULL);
