@@ -18,6 +18,7 @@ import pytest
 
 from ksm import sources
 from ksm.errors import KernelPermissionError, SourceError
+from ksm.linux import Host
 from ksm.pages import fingerprint
 from ksm.sources import ArrayImage, Image, ProcessImage, RawImage, Segment, Snapshot
 from ksm.sources.pagemap import Pagemap
@@ -496,3 +497,88 @@ def test_smaps_of_odd_names() -> None:
         (0x7F0000000000, 0x7F0000002000, True, True),
     ]
     assert areas[0].what == "/tmp/VmFlags: a-b c" and areas[1].what == ""
+
+
+# ---- the kernel's own view --------------------------------------------------------------------------
+
+# A process that opts in as a whole, with memory of every kind; each line of "N name" is a kind and its page count.
+ODD_MEMORY = """
+import ctypes, os, sys, tempfile, time
+libc = ctypes.CDLL(None, use_errno=True)
+libc.mmap.restype = ctypes.c_void_p
+libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long)
+libc.madvise.argtypes = libc.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+libc.mlock.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+libc.prctl(41, 1, 0, 0, 0)  # no huge pages
+if libc.prctl(67, 1, 0, 0, 0):
+    print("refused", flush=True)
+    sys.exit()
+PAGE, N = os.sysconf("SC_PAGESIZE"), 64
+SHARED, PRIVATE, DROPPABLE, ANONYMOUS, GROWSDOWN = 1, 2, 8, 0x20, 0x100
+
+def area(flags, fd=-1, fill=True):
+    at = libc.mmap(None, N * PAGE, 3, flags, fd, 0)
+    if at == 2 ** (8 * ctypes.sizeof(ctypes.c_void_p)) - 1:
+        return None  # not on this kernel
+    if fill:
+        ctypes.memmove(at, os.urandom(N * PAGE), N * PAGE)
+    return at
+
+def file(flags):
+    with tempfile.TemporaryFile() as f:
+        f.write(os.urandom(N * PAGE))
+        f.flush()
+        at = area(flags, f.fileno(), fill=False)
+    for page in range(0, N, 2):
+        ctypes.memset(at + page * PAGE, 7, 100)
+    for page in range(N):
+        ctypes.string_at(at + page * PAGE, 1)
+
+def memory_file(flags):
+    fd = os.memfd_create("odd")
+    os.ftruncate(fd, N * PAGE)
+    area(flags, fd)
+
+for flags in (PRIVATE, SHARED):
+    area(flags | ANONYMOUS), file(flags), memory_file(flags), area(flags, os.open("/dev/zero", os.O_RDWR))
+area(PRIVATE | ANONYMOUS | GROWSDOWN), area(DROPPABLE | ANONYMOUS)
+for protection in (0, 1, 5):
+    libc.mprotect(area(PRIVATE | ANONYMOUS), N * PAGE, protection)
+libc.mlock(area(PRIVATE | ANONYMOUS), N * PAGE)
+for advice in (4, 8, 10, 13, 16, 18, 20, 102):  # don't need, free, don't fork, unmergeable, no dump, wipe, cold, guard
+    libc.madvise(area(PRIVATE | ANONYMOUS), N // 2 * PAGE, advice)
+only_read = area(PRIVATE | ANONYMOUS, fill=False)
+for page in range(N):
+    ctypes.string_at(only_read + page * PAGE, 1)
+print("ready", flush=True)
+sys.stdin.read()
+"""
+
+
+@linux
+def test_the_kernel_takes_the_same_pages() -> None:
+    """Of memory of every kind, what is read is what the kernel's ksmd remembers, page for page."""
+    host = Host()
+    if os.geteuid() != 0 or not os.access(host.root / "run", os.W_OK):
+        pytest.skip("driving the kernel's KSM needs root")
+    with host.lock():
+        process = subprocess.Popen(
+            [sys.executable, "-c", ODD_MEMORY], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        try:
+            assert process.stdout is not None
+            if process.stdout.readline() != "ready\n":
+                pytest.skip("this kernel refuses PR_SET_MEMORY_MERGE")
+            os.kill(process.pid, signal.SIGSTOP)
+            os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOWAIT)
+            with ProcessImage(process.pid, marked_only=True) as image, ProcessImage(process.pid) as everything:
+                assert image.zero_page_known
+                assert everything.npages == image.npages + 32  # those marked unmergeable
+                with host.single_step(unmerge=True) as ksmd:
+                    host.ksm.smart_scan = False
+                    for _ in range(3):
+                        ksmd.scan()
+                    assert host.ksm_stat(process.pid)["ksm_rmap_items"] == image.npages
+        finally:
+            process.kill()
+            process.communicate()

@@ -18,6 +18,7 @@ from ksm.sources.image import Present
 _PRESENT = np.uint64(1 << 63)
 _SWAPPED = np.uint64(1 << 62)
 _FILE = np.uint64(1 << 61)  # file page or shared anonymous
+_GUARD = np.uint64(1 << 58)  # of a guard region, which also has the swapped bit; since Linux 6.15
 _PFN = np.uint64((1 << 55) - 1)
 
 _PAGEMAP_SCAN = 0xC060_6610
@@ -109,7 +110,7 @@ class Pagemap:
         elif self._zero_frames:
             zero = present & np.isin(entries & _PFN, np.fromiter(self._zero_frames, np.uint64))
         file = present & ((entries & _FILE) != 0) & ~zero
-        return Slots(present, (entries & _SWAPPED) != 0, file, zero)
+        return Slots(present, (entries & (_SWAPPED | _GUARD)) == _SWAPPED, file, zero)
 
     def _scan_zero(self, start: int, end: int, zero: Present) -> None:
         found = np.empty(512, _REGION)
