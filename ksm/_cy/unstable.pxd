@@ -1,0 +1,179 @@
+# cython: language_level=3
+"""The unstable trees of one pass, the table in front of them, and the log from which they are built when it matters."""
+
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
+
+from ksm._cy.frames cimport compare, compare_at, frame_hash, frame_unpin, mergeable, same_content, slot_frame
+from ksm._cy.page cimport prefix_key
+from ksm._cy.rbtree cimport INDEX, VALUE_FLAG, rb_erase, rb_insert
+from ksm._cy.stable cimport table_key
+from ksm._cy.store cimport Store, SEARCH_GIVEN_UP, NOT_FOUND, bit_length64
+from ksm._cy.table cimport table_clear, table_next, table_put, table_start
+from ksm._cy.types cimport IN_UNSTABLE, KSM, Block
+
+
+cdef inline uint8_t unstable_state(Store *m) noexcept nogil:
+    """The state of items that joined in this pass."""
+    return <uint8_t>(IN_UNSTABLE + (m.full_scans & 1))
+
+
+cdef inline uint8_t nid_of_joined(Store *m, uint32_t node) noexcept nogil:
+    return m.joined_nid[node] if m.nodes > 1 else 0
+
+
+cdef inline void clear_unstable(Store *m) noexcept nogil:
+    """Empty the unstable trees: a pass begins."""
+    cdef uint32_t i
+    for i in range(m.erased_count):
+        frame_unpin(m, m.erased[i].frame)
+    m.erased_count = m.erased_done = 0
+    m.joined_count = m.built = 1
+    m.unstable_changed = m.check_all = False
+    table_clear(&m.unstable_table)
+    for i in range(m.nodes):
+        m.unstable_roots[i] = 0
+        m.unstable_sizes[i] = 0
+
+
+cdef inline void unstable_erase(Store *m, uint32_t node) noexcept nogil:
+    """Take a node out of its unstable tree, or note that it is to leave when the tree is built."""
+    cdef uint32_t frame
+    cdef uint8_t nid = nid_of_joined(m, node)
+    m.unstable_sizes[nid] -= 1
+    if node < m.built:
+        rb_erase(m.joined, &m.unstable_roots[nid], node)
+        return
+    frame = slot_frame(m, m.joined[node].value)
+    m.frames[frame].pins += 1
+    m.erased[m.erased_count].node = node
+    m.erased[m.erased_count].after = m.joined_count
+    m.erased[m.erased_count].frame = frame
+    m.erased_count += 1
+    m.joined[node].value = VALUE_FLAG | frame    # where its content is, for build_unstable
+
+
+cdef inline void touch_unstable(Store *m, uint32_t slot) noexcept nogil:
+    """To be called before a slot changes: if its item is in an unstable tree, shape matters from now on."""
+    cdef Block *b = m.blocks[slot >> 6]
+    if b.state[slot & 63] == unstable_state(m):
+        build_unstable(m)
+        m.unstable_changed = True
+        m.joined[b.link[slot & 63]].value |= VALUE_FLAG
+
+
+cdef inline void build_unstable(Store *m) noexcept nogil:
+    """Insert and erase what joined and left since the trees were last built, in that order."""
+    while m.built < m.joined_count:
+        while m.erased_done < m.erased_count and m.erased[m.erased_done].after <= m.built:
+            erase_built(m, m.erased_done)
+        build_joined(m, m.built)
+        m.built += 1
+    while m.erased_done < m.erased_count:
+        erase_built(m, m.erased_done)
+
+
+cdef inline void erase_built(Store *m, uint32_t i) noexcept nogil:
+    cdef uint32_t node = m.erased[i].node
+    rb_erase(m.joined, &m.unstable_roots[nid_of_joined(m, node)], node)
+    m.erased_done += 1
+
+
+cdef inline void build_joined(Store *m, uint32_t node) noexcept nogil:
+    """Insert a node while nothing in the tree has changed."""
+    cdef const uint8_t *data = joined_content(m, node)
+    cdef uint32_t *root = &m.unstable_roots[nid_of_joined(m, node)]
+    cdef uint32_t at = root[0], parent = 0
+    cdef bint left = False
+    cdef int order
+    while at:
+        order = compare_at(m, m.joined[node].prefix, data, &m.joined[at], joined_content(m, at))
+        parent = at
+        left = order < 0
+        at = m.joined[at].left if left else m.joined[at].right
+    rb_insert(m.joined, root, node, parent, left)
+
+
+cdef inline const uint8_t *joined_content(Store *m, uint32_t node) noexcept nogil:
+    """What an unchanged or noted-as-erased node holds."""
+    cdef uint32_t value = m.joined[node].value
+    return m.frames[value & INDEX if value & VALUE_FLAG else slot_frame(m, value)].data
+
+
+cdef inline uint32_t unstable_search(Store *m, uint32_t slot, uint32_t f, uint8_t nid) noexcept nogil:
+    """Visit's search: the slot with f's content in the unstable tree, or SEARCH_GIVEN_UP or NOT_FOUND."""
+    m.levels += bit_length64(m.unstable_sizes[nid])
+    if m.hash_index and not m.unstable_changed:
+        return unstable_lookup(m, slot, f, nid)
+    return unstable_walk(m, slot, f, nid)
+
+
+cdef inline uint32_t unstable_lookup(Store *m, uint32_t slot, uint32_t f, uint8_t nid) noexcept nogil:
+    """`unstable_search` by the table, while nothing in the trees has changed."""
+    cdef uint64_t hash = frame_hash(m, f), key = table_key(hash, nid)
+    cdef uint64_t at = table_start(&m.unstable_table, key)
+    cdef uint32_t node, other, g
+    while True:
+        node = table_next(&m.unstable_table, key, &at)
+        if node == 0:
+            break
+        other = m.joined[node].value
+        if other & VALUE_FLAG or nid_of_joined(m, node) != nid:
+            continue
+        g = slot_frame(m, other)
+        if g == f:
+            return SEARCH_GIVEN_UP
+        if same_content(m, f, g):
+            return other
+    node = join(m, slot, f, nid)
+    table_put(&m.unstable_table, key, node)
+    return NOT_FOUND
+
+
+cdef inline uint32_t join(Store *m, uint32_t slot, uint32_t f, uint8_t nid) noexcept nogil:
+    """Make the slot's item an unstable node, which is not linked yet."""
+    cdef Block *b = m.blocks[slot >> 6]
+    cdef uint32_t node = m.joined_count
+    m.joined_count += 1
+    m.joined[node].value = slot
+    m.joined[node].prefix = prefix_key(m.frames[f].data)
+    if m.nodes > 1:
+        m.joined_nid[node] = nid
+    b.state[slot & 63] = unstable_state(m)
+    b.link[slot & 63] = node
+    m.unstable_sizes[nid] += 1
+    m.pages_unshared += 1
+    return node
+
+
+cdef inline uint32_t unstable_walk(Store *m, uint32_t slot, uint32_t f, uint8_t nid) noexcept nogil:
+    """`unstable_search` by walking the tree as it is, compared by the contents of now."""
+    cdef const uint8_t *data = m.frames[f].data
+    cdef uint64_t prefix = prefix_key(data)
+    cdef uint32_t at = m.unstable_roots[nid], parent = 0, other, g, node
+    cdef bint left = False
+    cdef int order
+    while at:
+        other = m.joined[at].value & INDEX
+        if m.joined[at].value & VALUE_FLAG or m.check_all:
+            if not mergeable(m, other):
+                return SEARCH_GIVEN_UP
+            g = slot_frame(m, other)
+            if g == f:
+                return SEARCH_GIVEN_UP
+            order = compare(m, data, m.frames[g].data)
+        else:
+            g = slot_frame(m, other)
+            if g == f:
+                return SEARCH_GIVEN_UP
+            order = compare_at(m, prefix, data, &m.joined[at], m.frames[g].data)
+        if order == 0:
+            if m.frames[g].flags & KSM or not m.merge_across_nodes and m.frames[g].nid != nid:
+                return SEARCH_GIVEN_UP
+            return other
+        parent = at
+        left = order < 0
+        at = m.joined[at].left if left else m.joined[at].right
+    node = join(m, slot, f, nid)
+    rb_insert(m.joined, &m.unstable_roots[nid], node, parent, left)
+    m.built = m.joined_count
+    return NOT_FOUND

@@ -1,0 +1,168 @@
+# cython: language_level=3
+"""Everything that ksmd does at one slot."""
+
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
+
+from ksm._cy.frames cimport frame_hash, frame_unmap, frame_unpin, is_zero, set_slot, slot_frame
+from ksm._cy.rbtree cimport Node
+from ksm._cy.slots cimport leave_tree, one_huge_page, remap, split_huge
+from ksm._cy.stable cimport hang, place_migrating, stable_insert, stable_search, start_migrating
+from ksm._cy.store cimport Store, Erased, NO_MEMORY, SEARCH_GIVEN_UP, NOT_FOUND, grow
+from ksm._cy.table cimport table_reserve
+from ksm._cy.types cimport DIRTY, FIRST_FRAME, IN_STABLE, KSM, KSM_ZERO, MIGRATING, Block, StableNode
+from ksm._cy.unstable cimport build_unstable, touch_unstable, unstable_search
+
+
+cdef inline int reserve(Store *m) noexcept nogil:
+    """Room for whatever one visit may add, so that a visit cannot fail half-way."""
+    if m.stable_count + 2 > m.stable_capacity:
+        if grow(<void **>&m.stable, &m.stable_capacity, <uint64_t>m.stable_count + 2,
+                sizeof(StableNode)) < 0:
+            return NO_MEMORY
+    if m.place_count + 1 > m.place_capacity:
+        if grow(<void **>&m.places, &m.place_capacity, <uint64_t>m.place_count + 1, sizeof(Node)) < 0:
+            return NO_MEMORY
+    if m.joined_count + 1 > m.joined_capacity:
+        if grow(<void **>&m.joined, &m.joined_capacity, <uint64_t>m.joined_count + 1, sizeof(Node)) < 0:
+            return NO_MEMORY
+    if m.nodes > 1 and m.joined_count + 1 > m.nid_capacity:
+        if grow(<void **>&m.joined_nid, &m.nid_capacity, <uint64_t>m.joined_count + 1, 1) < 0:
+            return NO_MEMORY
+    if m.erased_count + 1 > m.erased_capacity:
+        if grow(<void **>&m.erased, &m.erased_capacity, <uint64_t>m.erased_count + 1,
+                sizeof(Erased)) < 0:
+            return NO_MEMORY
+    if m.pending_count + 1 > m.pending_capacity:
+        if grow(<void **>&m.pending, &m.pending_capacity, <uint64_t>m.pending_count + 1,
+                sizeof(uint32_t)) < 0:
+            return NO_MEMORY
+    if table_reserve(&m.stable_table, 1) < 0 or table_reserve(&m.unstable_table, 1) < 0:
+        return NO_MEMORY
+    return 0
+
+
+cdef inline bint skip(Store *m, Block *b, uint32_t i) noexcept nogil:
+    """Smart scan: age the item of a slot that maps no KSM frame; whether this visit is skipped."""
+    cdef uint8_t age = b.age[i]
+    if m.frames[b.frame[i]].flags & KSM:
+        return False
+    if age < 255:
+        b.age[i] = age + 1
+    if age < 3:
+        return False
+    if b.skips[i] == 0:
+        b.skips[i] = 1 if age <= 3 else 2 if age <= 5 else 4 if age <= 8 else 8
+        return False
+    b.skips[i] -= 1
+    m.pages_skipped += 1
+    return True
+
+
+cdef inline void visit(Store *m, uint32_t slot) noexcept nogil:
+    """Everything that ksmd does at one slot, whose item exists."""
+    cdef Block *b = m.blocks[slot >> 6]
+    cdef uint32_t f = b.frame[slot & 63]
+    cdef uint8_t nid = 0 if m.merge_across_nodes else m.frames[f].nid
+    if m.frames[f].flags & KSM:
+        visit_ksm(m, slot, f, nid)
+        return
+    m.frames[f].pins += 1
+    visit_frame(m, slot, f, nid)
+    frame_unpin(m, f)
+
+
+cdef inline void visit_frame(Store *m, uint32_t slot, uint32_t f, uint8_t nid) noexcept nogil:
+    """A visit to a slot that maps an ordinary frame, pinned by the caller: it may be merged away meanwhile."""
+    cdef Block *b = m.blocks[slot >> 6]
+    cdef uint32_t i = slot & 63, n = 0, sum
+    if m.gate_first:
+        leave_tree(m, slot)
+    else:
+        n = stable_search(m, f, nid)
+        leave_tree(m, slot)
+        if n:
+            merge_with(m, slot, n)
+            return
+    m.hashed += 1
+    sum = <uint32_t>(frame_hash(m, f) >> 32)
+    if b.checksum[i] != sum:
+        b.checksum[i] = sum
+        return
+    if m.use_zero_pages and is_zero(m, f):
+        if split_huge(m, slot):
+            merge_with_zero(m, slot)
+            return
+        # The split gave the page back under ksmd's hands, which goes on searching with what it held.
+        build_unstable(m)
+        m.unstable_changed = True
+    if m.gate_first:
+        n = stable_search(m, f, nid)
+        if n:
+            merge_with(m, slot, n)
+            return
+    n = unstable_search(m, slot, f, nid)
+    if n < SEARCH_GIVEN_UP:
+        merge_two(m, slot, n, nid)
+    elif n == NOT_FOUND and slot_frame(m, slot) != f:
+        touch_unstable(m, slot)
+
+
+cdef inline void visit_ksm(Store *m, uint32_t slot, uint32_t f, uint8_t nid) noexcept nogil:
+    """A visit to a slot that maps a KSM frame: hang its item on the frame's node, even a full one."""
+    cdef Block *b = m.blocks[slot >> 6]
+    cdef uint32_t i = slot & 63, n = m.frames[f].node
+    if not m.merge_across_nodes and m.stable[n].kind != MIGRATING and m.stable[n].nid != nid:
+        start_migrating(m, n)
+    if m.stable[n].kind == MIGRATING:
+        n = place_migrating(m, slot, n, nid)
+    if b.state[i] == IN_STABLE and b.link[i] == n:
+        m.already += 1
+        return
+    leave_tree(m, slot)
+    if n:
+        if slot_frame(m, slot) != m.stable[n].frame:
+            remap(m, slot, m.stable[n].frame)
+        m.merges += 1
+        hang(m, slot, n)
+
+
+cdef inline void merge_with(Store *m, uint32_t slot, uint32_t n) noexcept nogil:
+    """Map the stable node's frame in place of the slot's, which has the same content."""
+    if slot_frame(m, slot) < FIRST_FRAME or not split_huge(m, slot):
+        return
+    m.merges += 1
+    remap(m, slot, m.stable[n].frame)
+    hang(m, slot, n)
+
+
+cdef inline void merge_with_zero(Store *m, uint32_t slot) noexcept nogil:
+    """Map the shared zero page for ksmd (use_zero_pages)."""
+    cdef uint32_t f = slot_frame(m, slot)
+    m.merges += 1
+    set_slot(m, slot, KSM_ZERO, False)
+    frame_unmap(m, f)
+    m.ksm_zero_pages += 1
+    m.spaces[m.blocks[slot >> 6].mm].zero_pages += 1
+
+
+cdef inline void merge_two(Store *m, uint32_t slot, uint32_t other, uint8_t nid) noexcept nogil:
+    """The slot's frame becomes the KSM frame of both, under a new stable node."""
+    cdef uint32_t f = slot_frame(m, slot), n
+    if f < FIRST_FRAME:
+        return
+    if one_huge_page(m, slot, other):     # it is split, and its parts can merge from the next pass on
+        split_huge(m, slot)
+        return
+    if not split_huge(m, slot) or not split_huge(m, other):
+        return
+    m.merges += 1
+    if m.frames[f].mappers > 1:
+        build_unstable(m)
+        m.unstable_changed = m.check_all = True
+    leave_tree(m, other)
+    m.frames[f].flags |= KSM | DIRTY
+    m.blocks[slot >> 6].clean |= <uint64_t>1 << (slot & 63)
+    remap(m, other, f)
+    n = stable_insert(m, f, nid)
+    hang(m, other, n)
+    hang(m, slot, n)
