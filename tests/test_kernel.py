@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 import ksm
-from tests.kernel import compare, real
+from tests.kernel import compare, real, sysfs
 from tests.kernel.program import ARENA, HUGE, MERGEABLE, STYLES, Program, apply, content, generate, state
 from tests.kernel.real import (
     CGROUPS,
@@ -101,6 +101,17 @@ def test_programs_that_once_differed(name: str) -> None:
     program = compare.kept()[name]
     for session in open_session(program["swap"]):
         agree(session, program)
+
+
+@needs_kernel
+def test_the_answers_of_the_sysfs_files_are_this_kernel_s() -> None:
+    try:
+        rows = sysfs.measure()
+    except Unavailable as reason:
+        pytest.skip(str(reason))
+    kept = json.loads(sysfs.ANSWERS.read_text())
+    assert [row for row in rows if row not in kept] == []
+    assert len(rows) == len(kept)
 
 
 # ---- the harness: programs ---------------------------------------------------------------------------------------
