@@ -5,10 +5,11 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport malloc
 from libc.string cimport memcpy
 
-from ksm._cy.frames cimport frame_copy, frame_unmap, has_room, set_slot, slot_frame, swap_drop
+from ksm._cy.frames cimport find_slot, frame_copy, frame_unmap, has_room, set_slot, slot_frame, swap_drop
 from ksm._cy.slots cimport next_mapper, split_huge, vacate
 from ksm._cy.store cimport Store, NO_MEMORY, NO_FRAME, NO_SLOT
-from ksm._cy.types cimport CACHED, DIRTY, FIRST_FRAME, HASHED, HUGE, KSM, KSM_ZERO, LAZY, OWNED, SLOTS, Block, Frame
+from ksm._cy.types cimport (
+    CACHED, DIRTY, FIRST_FRAME, HASHED, HUGE, IN_STABLE, KSM, KSM_ZERO, LAZY, OWNED, SLOTS, Block, Frame, Space)
 from ksm._cy.unstable cimport touch_unstable
 
 
@@ -119,6 +120,20 @@ cdef inline int unmerge_block(Store *m, uint32_t id, uint64_t mask) noexcept nog
     return 0
 
 
+cdef inline bint found_by_reclaim(Store *m, uint32_t slot) noexcept nogil:
+    """Whether reclaim comes to a KSM frame's mapping: through an item on its node, here or where fork took it from."""
+    cdef Block *b = m.blocks[slot >> 6]
+    cdef uint32_t n = m.frames[slot_frame(m, slot)].node, mm, s
+    cdef Space *space = &m.spaces[b.mm]
+    for mm in range(1, m.space_count):
+        if m.spaces[mm].root != space.root or m.spaces[mm].born > space.born:
+            continue
+        s = find_slot(m, mm, b.vpn + (slot & 63))
+        if s != NO_SLOT and m.blocks[s >> 6].state[s & 63] == IN_STABLE and m.blocks[s >> 6].link[s & 63] == n:
+            return True
+    return False
+
+
 cdef inline int evict(Store *m, uint32_t slot) noexcept nogil:
     """Reclaim one slot's mapping of its frame; the number of slots that went.
 
@@ -136,7 +151,12 @@ cdef inline int evict(Store *m, uint32_t slot) noexcept nogil:
     if m.frames[f].flags & DIRTY:
         m.frames[f].flags &= ~LAZY
     if not m.frames[f].flags & LAZY:
-        return swap_out(m, slot)
+        if m.frames[f].flags & KSM and not found_by_reclaim(m, slot):
+            return 0
+        gone = swap_out(m, slot)
+        if m.frames[f].mappers and m.frames[f].flags & KSM:
+            m.frames[f].flags |= CACHED
+        return gone
     if m.frames[f].flags & KSM:      # its slots lie anywhere, and are all clean
         vacate(m, slot)
         return 1
