@@ -156,6 +156,10 @@ def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     if why_not():
         pytest.skip(str(why_not()))
     with real.locked(real.LOCK):
+        try:
+            real.require_unused()
+        except Unavailable as reason:
+            pytest.skip(str(reason))
         monkeypatch.setattr(real, "LOCK", tmp_path / "lock")
         yield tmp_path / "lock"
 
@@ -225,7 +229,8 @@ with KernelSession() as session:
     assert not list(CGROUPS.glob(f"ksm-{child.pid}-*"))
 
 
-def test_no_session_beside_other_registered_memory(alone: Path) -> None:
+def test_no_session_beside_other_registered_memory(alone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(real, "PATIENCE_WITH_OTHERS", 0.1)
     script = "import ctypes, sys; print(ctypes.CDLL(None).prctl(67, 1, 0, 0, 0), flush=True); sys.stdin.read()"
     with subprocess.Popen(
         [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

@@ -31,6 +31,7 @@ FOREVER_MS = 10_000_000
 UNLIMITED = 2_000_000_000
 NEVER_PRUNE = 100_000_000
 PATIENCE = 60.0  # seconds for one batch
+PATIENCE_WITH_OTHERS = 10.0  # seconds in which others' registered memory may go away
 
 COUNTERS = (
     "pages_shared",
@@ -304,7 +305,7 @@ def require_unused() -> None:
     """Nobody's memory but ours may be registered: it would be scanned, counted and unmerged too."""
     if (SYSFS / "run").read_text() == "1\n":
         raise Unavailable("KSM is running on this host")
-    deadline = time.monotonic() + 10  # tests of others, and the last session's workers, go away
+    deadline = time.monotonic() + PATIENCE_WITH_OTHERS
     while found := [p for p in Path("/proc").glob("[0-9]*") if is_mergeable(p)]:
         if time.monotonic() > deadline:
             raise Unavailable(f"process {found[0].name} on this host has memory registered with KSM")
