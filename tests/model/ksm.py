@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from tests.model.memory import KSM_ZERO, Frame, Memory, Mm
+from tests.model.memory import KSM_ZERO, Frame, Memory, Mm, keys_in
 from tests.model.rbtree import RbNode, RbTree
 
 ITEM_BYTES = 64
@@ -301,15 +301,13 @@ class Ksm:
             elif item.node is not node:
                 self.leave_tree(item)
                 self.hang(item, node)
-            return
-        if self.old_order:
+        elif self.old_order:
             found = self.search_stable(frame)
             self.leave_tree(item)
             if found is not None:
                 self.merge(item, frame, found)
-                return
-            if self.changed(item, frame) or self.place_zero_page(item, frame):
-                return
+            elif not self.changed(item, frame) and not self.place_zero_page(item, frame):
+                self.search_unstable(item, frame)
         else:
             self.leave_tree(item)
             if self.changed(item, frame) or self.place_zero_page(item, frame):
@@ -317,8 +315,8 @@ class Ksm:
             found = self.search_stable(frame)
             if found is not None:
                 self.merge(item, frame, found)
-                return
-        self.search_unstable(item, frame)
+            else:
+                self.search_unstable(item, frame)
 
     def changed(self, item: Item, frame: Frame) -> bool:
         """The checksum gate: remember what the page holds; say whether that is new."""
@@ -329,15 +327,21 @@ class Ksm:
 
     def place_zero_page(self, item: Item, frame: Frame) -> bool:
         """use_zero_pages: a page of zeros becomes a mapping of the zero page; the item stays for now."""
-        if not self.use_zero_pages or frame.content != self.memory.zero:
+        if not self.use_zero_pages or frame.content != self.memory.zero or not self.still_there(item, frame):
             return False
         self.memory.set_slot(item.mm, item.page, KSM_ZERO)
         return True
 
-    def merge(self, item: Item, frame: Frame, node: StableNode) -> None:
-        """Map the node's frame in place of `frame` and hang the item on the node."""
+    def still_there(self, item: Item, frame: Frame) -> bool:
+        """Split the huge page around a frame that is about to merge; its zeros may have been given back with that."""
         if frame.huge is not None:
             self.memory.split_huge(frame)
+        return item.mm.slots.get(item.page) is frame
+
+    def merge(self, item: Item, frame: Frame, node: StableNode) -> None:
+        """Map the node's frame in place of `frame` and hang the item on the node."""
+        if not self.still_there(item, frame):
+            return
         self.memory.set_slot(item.mm, item.page, node.frame, clean=True)
         self.hang(item, node)
 
@@ -528,7 +532,12 @@ class Ksm:
             self.waiting.remove(node)
             node.nid = nid
             self.put_stable(node, entry, parent, left)
-        if item.node is not node:
+        if self.full(node):
+            # a full node does not count as found, not even for an item that hangs on it
+            self.leave_tree(item)
+            if not self.old_order or not (self.changed(item, frame) or self.place_zero_page(item, frame)):
+                self.search_unstable(item, frame)
+        elif item.node is not node:
             self.leave_tree(item)
             self.hang(item, node)
 
@@ -577,10 +586,18 @@ class Ksm:
         if frame.huge is not None and frame.huge is theirs.huge:
             self.memory.split_huge(frame)
             return
-        for part in (frame, theirs):
-            if part.huge is not None:
-                self.memory.split_huge(part)
+        if not self.still_there(item, frame):
+            return
+        if not self.still_there(other, theirs):
+            # the visited frame has become a KSM frame already, of nobody else: that is undone by a copy
+            vma = item.mm.vma_at(item.page)
+            assert vma is not None
+            self.memory.set_slot(item.mm, item.page, self.memory.new_frame(frame.content, item.mm, item.page, vma))
+            self.memory.cow_ksm += 1
+            return
         self.leave_tree(other)
+        if frame.ksm is not None:
+            self.drop_node(frame.ksm)
         node = self.insert_stable(frame)
         frame.dirty = True
         frame.clean.add((item.mm, item.page))
@@ -610,5 +627,5 @@ class Ksm:
 
     def drop_items(self, mm: Mm, start: int, end: int) -> None:
         """Forget the items of the pages of [start, end)."""
-        for page in sorted(page for page in mm.items if start <= page < end):
+        for page in keys_in(mm.items, start, end):
             self.drop_item(mm.items[page])

@@ -221,10 +221,17 @@ class ModelProcess:
         vma = mm.vma_at(start)
         if vma is None:
             fail(errno.EFAULT, "mremap of nothing")
-        if flags & FIXED and old_n == new_n:
-            # a plain move may span several ranges and holes, since 6.17; holes leave the target as it is
-            if vma.end < start + old_n and self._m.version < (6, 17):
+        if flags & FIXED and self._m.version < (6, 17):
+            # what is in the way, and too much, goes first; then it may turn out that it cannot be done
+            self._unmap(to, to + new_n)
+            self._unmap(start + new_n, start + old_n)
+            old_n = min(old_n, new_n)
+            if vma.end < start + old_n:
                 fail(errno.EFAULT, "mremap across ranges")
+            self._move(start, old_n, to, new_n, bool(flags & DONTUNMAP))
+            return new_addr or 0
+        if flags & FIXED and old_n == new_n:
+            # a plain move may span several ranges and holes; holes leave the target as it is
             for part in mm.vmas_in(start, start + old_n):
                 part = replace(part, start=max(part.start, start), end=min(part.end, start + old_n))
                 at = part.start - start + to
@@ -282,6 +289,7 @@ class ModelProcess:
         self._mm.vmas = [vma for vma in self._mm.vmas if vma not in gone]
         units = {page // HUGE_PAGES for vma in self._mm.vmas for page in range(vma.start, vma.end)}
         self._mm.tables &= units
+        self._mm.huge_zeros &= units
 
     # memory
 
@@ -337,21 +345,23 @@ class ModelProcess:
         self._mm.join(start, end)
 
     def _free(self, start: int, end: int) -> None:
+        self._m.memory.split_partial(self._mm, start, end)
         for page in self._mm.pages_in(start, end):
             self._m.memory.free(self._mm, page)
 
     def _page_out(self, start: int, end: int) -> None:
+        self._m.memory.split_partial(self._mm, start, end)
         for page in self._mm.pages_in(start, end):
             slot = self._mm.slots.get(page)
             if isinstance(slot, Frame) and len(slot.mappers) == 1:
                 self._m.memory.evict(slot)
 
     def migrate(self, addr: int, length: int, node: int) -> None:
-        """Move the frames that the range maps to another NUMA node, for all who map them."""
+        """Move the frames that the range maps to another NUMA node, for all who map them, if all can be found."""
         start, end = self._range(addr, length)
         for page in self._mm.pages_in(start, end):
             slot = self._mm.slots[page]
-            if isinstance(slot, Frame):
+            if isinstance(slot, Frame) and len(self._m.memory.findable(slot)) == len(slot.mappers):
                 for frame in slot.huge or [slot]:
                     frame.node = node
 
@@ -359,7 +369,7 @@ class ModelProcess:
 
     def fork(self, name: str) -> ModelProcess:
         """A child that shares every frame until one writes."""
-        child = Mm(name, merge_any=self._mm.merge_any, tables=set(self._mm.tables))
+        child = Mm(name, merge_any=self._mm.merge_any, tables=set(self._mm.tables), huge_zeros=set(self._mm.huge_zeros))
         process = self._m._add(child)
         for page, slot in self._mm.slots.items():
             clean = isinstance(slot, Frame) and (self._mm, page) in slot.clean

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from itertools import count, pairwise
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     from tests.model.ksm import Item, StableNode
@@ -20,6 +21,12 @@ Home = tuple[object, int]  # where an anonymous frame was born: a family of rang
 def fail(number: int, what: str) -> NoReturn:
     """Raise the OSError that the kernel's errno stands for."""
     raise OSError(number, f"{os.strerror(number)}: {what}")
+
+
+def keys_in(mapping: dict[int, Any], start: int, end: int) -> Iterator[int]:
+    """The keys of [start, end), ascending; keys may be removed meanwhile."""
+    few = end - start <= len(mapping)
+    return (k for k in (range(start, end) if few else sorted(mapping)) if start <= k < end and k in mapping)
 
 
 class OutOfMemory(OSError, MemoryError):
@@ -111,6 +118,7 @@ class Mm:
     vmas: list[Vma] = field(default_factory=list)  # by address
     slots: dict[int, Slot] = field(default_factory=dict)
     tables: set[int] = field(default_factory=set)  # 2 MiB units that are mapped page by page
+    huge_zeros: set[int] = field(default_factory=set)  # 2 MiB units that map the huge zero page
     merge_any: bool = False
     registered: bool = False
     items: dict[int, Item] = field(default_factory=dict)
@@ -130,6 +138,7 @@ class Mm:
     def cut(self, start: int, end: int) -> list[Vma]:
         """Split ranges at both ends, so that whole ranges fill [start, end); give those."""
         out: list[Vma] = []
+        self.split_units(start, end)
         for vma in self.vmas:
             marks = [vma.start, *(m for m in (start, end) if vma.start < m < vma.end), vma.end]
             if len(marks) > 2:
@@ -138,6 +147,16 @@ class Mm:
                 out.append(vma)
         self.vmas = out
         return self.vmas_in(start, end)
+
+    def split_units(self, start: int, end: int) -> None:
+        """A boundary inside a 2 MiB unit: from now on it is mapped page by page (its frames stay together)."""
+        for unit in {start // HUGE_PAGES, end // HUGE_PAGES}:
+            first, last = unit * HUGE_PAGES, (unit + 1) * HUGE_PAGES
+            if first < start < last or first < end < last:
+                huge = unit in self.huge_zeros or any(self.pages_in(first, last))
+                self.huge_zeros.discard(unit)
+                if huge:
+                    self.tables.add(unit)
 
     def join(self, start: int, end: int) -> None:
         """Make one of neighbours that differ in nothing and meet in [start, end]."""
@@ -149,9 +168,9 @@ class Mm:
                 out.append(vma)
         self.vmas = out
 
-    def pages_in(self, start: int, end: int) -> list[int]:
-        """The pages of [start, end) that have a slot, by address."""
-        return sorted(page for page in self.slots if start <= page < end)
+    def pages_in(self, start: int, end: int) -> Iterator[int]:
+        """The pages of [start, end) that have a slot, by address; slots may come and go meanwhile."""
+        return keys_in(self.slots, start, end)
 
 
 class Memory:
@@ -227,6 +246,8 @@ class Memory:
 
     def zap(self, mm: Mm, start: int, end: int) -> None:
         """Drop what the slots of [start, end) map."""
+        mm.split_units(start, end)
+        mm.huge_zeros = {unit for unit in mm.huge_zeros if unit * HUGE_PAGES < start or (unit + 1) * HUGE_PAGES > end}
         for page in mm.pages_in(start, end):
             self.set_slot(mm, page, None)
 
@@ -241,7 +262,11 @@ class Memory:
             return slot
         if slot is None and write and self.populate_huge(mm, page, vma):
             slot = mm.slots[page]
-        mm.tables.add(page // HUGE_PAGES)
+        if slot is None and not write and self.untouched(mm, page, vma):
+            mm.huge_zeros.add(page // HUGE_PAGES)
+            return None
+        if not isinstance(slot, Frame) or slot.huge is None:
+            mm.tables.add(page // HUGE_PAGES)
         if not write:
             if slot is None:
                 self.set_slot(mm, page, READ_ZERO)
@@ -263,17 +288,35 @@ class Memory:
         self.set_slot(mm, page, copy)
         return copy
 
-    def populate_huge(self, mm: Mm, page: int, vma: Vma) -> bool:
-        """A write to an untouched 2 MiB unit under MADV_HUGEPAGE fills the whole unit with one huge page."""
+    def untouched(self, mm: Mm, page: int, vma: Vma) -> bool:
+        """Whether the 2 MiB unit around `page` can still be mapped by one huge page (the huge zero page may be)."""
         unit = page // HUGE_PAGES
         first, last = unit * HUGE_PAGES, (unit + 1) * HUGE_PAGES
-        if not vma.huge or unit in mm.tables or first < vma.start or last > vma.end or mm.pages_in(first, last):
+        inside = vma.huge and vma.start <= first and last <= vma.end
+        return inside and unit not in mm.tables and not any(mm.pages_in(first, last))
+
+    def populate_huge(self, mm: Mm, page: int, vma: Vma) -> bool:
+        """A write to an untouched 2 MiB unit under MADV_HUGEPAGE fills the whole unit with one huge page."""
+        if not self.untouched(mm, page, vma):
             return False
-        whole = [self.new_frame(self.zero, mm, p, vma) for p in range(first, last)]
-        for p, frame in zip(range(first, last), whole, strict=True):
+        unit = page // HUGE_PAGES
+        mm.huge_zeros.discard(unit)
+        pages = range(unit * HUGE_PAGES, (unit + 1) * HUGE_PAGES)
+        whole = [self.new_frame(self.zero, mm, p, vma) for p in pages]
+        for p, frame in zip(pages, whole, strict=True):
             frame.huge = whole
             self.set_slot(mm, p, frame)
         return True
+
+    def split_partial(self, mm: Mm, start: int, end: int) -> None:
+        """MADV_FREE or MADV_PAGEOUT of a part: a huge page that nobody else maps is split."""
+        for unit in {start // HUGE_PAGES, end // HUGE_PAGES}:
+            first, last = unit * HUGE_PAGES, (unit + 1) * HUGE_PAGES
+            if first < start < last or first < end < last:
+                for page in mm.pages_in(first, last):
+                    slot = mm.slots[page]
+                    if isinstance(slot, Frame) and slot.huge is not None and len(slot.mappers) == 1:
+                        self.split_huge(slot)
 
     def split_huge(self, frame: Frame) -> None:
         """Split the huge page around `frame`; since 6.12 its all-zero pages give their frames back."""
@@ -320,9 +363,9 @@ class Memory:
 
     def evict(self, frame: Frame) -> None:
         """Reclaim comes by: a frame goes to swap; a lazy one is dropped, for as long as its mappings are clean."""
-        if frame.huge is not None:
-            self.split_huge(frame)
         if frame.lazy:
+            if frame.huge is not None:
+                self.split_huge(frame)
             for mm, page in [] if frame.dirty else sorted(self.findable(frame), key=in_walk_order):
                 if (mm, page) not in frame.clean:
                     break
@@ -331,6 +374,8 @@ class Memory:
             return
         if frame.swap is None and self.swap_used() >= self.swap_pages:
             return
+        if frame.huge is not None:
+            self.split_huge(frame)
         entry = frame.swap or SwapEntry(frame.content)
         entry.frame, frame.swap = frame, entry
         for mm, page in self.findable(frame):
@@ -355,6 +400,9 @@ class Memory:
         for mm in list(self.mms.values()) * 2:
             for page in sorted(mm.slots):
                 slot = mm.slots.get(page)
+                if isinstance(slot, Frame) and slot.huge and not all(part.mappers for part in slot.huge):
+                    self.split_huge(slot)
+                    slot = mm.slots.get(page)
                 if isinstance(slot, Frame):
                     self.evict(slot)
                 elif isinstance(slot, SwapEntry) and slot.frame is not None and not slot.frame.mappers:
