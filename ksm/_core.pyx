@@ -39,7 +39,7 @@ from ksm._cy.frames cimport (
     sweep_blocks)
 from ksm._cy.page cimport page_is_zero
 from ksm._cy.rbtree cimport Node, rb_is_red, rb_parent
-from ksm._cy.slots cimport drop_all_items, vacate
+from ksm._cy.slots cimport drop_all_items, split_huge, vacate
 from ksm._cy.stable cimport build_stable, in_table, remove_node
 from ksm._cy.store cimport Store, NO_MEMORY, NO_FRAME, FINGERPRINT_BYTES, NO_SLOT, grow, range_mask
 from ksm._cy.table cimport table_free
@@ -441,10 +441,12 @@ cdef class Engine:
         """
         cdef uint64_t k
         cdef uint32_t slot, f
+        slot = find_slot(&self.m, mm, vpn)
+        cdef uint32_t first = NOTHING if slot == NO_SLOT else slot_frame(&self.m, slot)
         for k in range(self.m.huge):
             slot = find_slot(&self.m, mm, vpn + k)
             f = NOTHING if slot == NO_SLOT else slot_frame(&self.m, slot)
-            if f != NOTHING and not (writing and f == HUGE_ZERO):
+            if f != first or f != NOTHING and not (writing and f == HUGE_ZERO):
                 return False
         if writing and not has_room(&self.m, self.m.huge):
             return False
@@ -552,8 +554,10 @@ cdef class Engine:
         cdef Block *b
         for v in self.touched(mm, vpn, n):
             slot = find_slot(&self.m, mm, v)
-            f = slot_frame(&self.m, slot)
             b = self.m.blocks[slot >> 6]
+            if (b.anon >> (slot & 63)) & 1 and not self.covers_huge(slot, vpn, n):
+                split_huge(&self.m, slot)
+            f = slot_frame(&self.m, slot)
             if f < FIRST_FRAME:
                 continue
             if not (b.anon >> (slot & 63)) & 1:
@@ -562,6 +566,11 @@ cdef class Engine:
                 self.m.frames[f].flags = (self.m.frames[f].flags | LAZY) & ~DIRTY
                 b.clean |= <uint64_t>1 << (slot & 63)
 
+    cdef bint covers_huge(self, uint32_t slot, uint64_t vpn, uint64_t n):
+        """Whether the n pages from vpn on hold all of the huge page that the slot may be part of."""
+        cdef uint64_t first = (self.m.blocks[slot >> 6].vpn + (slot & 63)) & ~<uint64_t>(self.m.huge - 1)
+        return vpn <= first and first + self.m.huge <= vpn + n
+
     def page_out(self, uint32_t mm, uint64_t vpn, uint64_t n):
         """MADV_PAGEOUT: what only this space maps goes to swap, as far as there is room."""
         cdef uint64_t v
@@ -569,7 +578,8 @@ cdef class Engine:
         for v in self.touched(mm, vpn, n):
             slot = find_slot(&self.m, mm, v)
             if ((self.m.blocks[slot >> 6].anon >> (slot & 63)) & 1 and
-                    self.m.frames[slot_frame(&self.m, slot)].mappers == 1):
+                    self.m.frames[slot_frame(&self.m, slot)].mappers == 1 and
+                    (self.m.max_swapped or split_huge(&self.m, slot))):     # without swap a huge page is only split
                 evict(&self.m, slot)
 
     def reclaim(self, uint64_t frames):

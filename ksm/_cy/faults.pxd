@@ -6,7 +6,7 @@ from libc.stdlib cimport malloc
 from libc.string cimport memcpy
 
 from ksm._cy.frames cimport find_slot, frame_copy, frame_unmap, has_room, set_slot, slot_frame, swap_drop
-from ksm._cy.slots cimport next_mapper, split_huge, vacate
+from ksm._cy.slots cimport next_mapper, vacate
 from ksm._cy.store cimport Store, NO_MEMORY, NO_FRAME, NO_SLOT
 from ksm._cy.types cimport (
     CACHED, DIRTY, FIRST_FRAME, HASHED, HUGE, IN_STABLE, KSM, KSM_ZERO, LAZY, OWNED, SLOTS, Block, Frame, Space)
@@ -144,10 +144,6 @@ cdef inline int evict(Store *m, uint32_t slot) noexcept nogil:
     cdef uint64_t vpn = m.blocks[slot >> 6].vpn + (slot & 63), born = 0
     cdef uint64_t home = vpn & 0xffffffff00000000u | m.frames[f].home
     cdef int gone = 0
-    if m.frames[f].flags & HUGE and m.max_swapped == 0:
-        split_huge(m, slot)
-        if slot_frame(m, slot) != f:
-            return 1
     if m.frames[f].flags & DIRTY:
         m.frames[f].flags &= ~LAZY
     if not m.frames[f].flags & LAZY:
