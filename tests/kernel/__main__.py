@@ -7,7 +7,7 @@ import sys
 import time
 from typing import Any
 
-from tests.kernel import compare
+from tests.kernel import compare, real
 from tests.kernel.program import STYLES, Program, generate
 from tests.kernel.real import NEVER_PRUNE, SWAP_BYTES, KernelSession, RealMachine, Unavailable
 
@@ -104,14 +104,17 @@ def main() -> int:
     parser.add_argument("--style", choices=[*STYLES, "huge"], help="of every program; else each seed has its own")
     parser.add_argument("--against", choices=["hash", "tree", "model", "self"], default="hash")
     parser.add_argument("--stop", type=int, default=5, help="after so many differences")
+    parser.add_argument("--wait", type=float, default=10, help="seconds, until others' registered memory is gone")
     comparison = Comparison(parser.parse_args())
+    real.PATIENCE_WITH_OTHERS = comparison.arguments.wait
     try:
         while not comparison.finished():
             comparison.turn()
     except Unavailable as reason:
         print(f"cannot run: {reason}")
         return 77
-    print(comparison)
+    finally:
+        print(comparison)
     return 1 if comparison.differed or comparison.unsteady else 0
 
 
