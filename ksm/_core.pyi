@@ -95,6 +95,7 @@ class Engine:
         hash_index: bool = True,
         gate_first: bool = True,
         zero_giveback: bool = True,
+        counts_zero_pages: bool = True,
         max_resident: int = 0,
         max_swapped: int = 0,
     ) -> None: ...

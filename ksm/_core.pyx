@@ -70,12 +70,14 @@ cdef class Engine:
     cdef list borrowed                      # keeps the buffers alive whose pages are mapped
 
     def __cinit__(self, uint32_t page_size=4096, uint32_t nodes=1, bint hash_index=True, bint gate_first=True,
-                  bint zero_giveback=True, uint64_t max_resident=0, uint64_t max_swapped=0):
+                  bint zero_giveback=True, bint counts_zero_pages=True,
+                  uint64_t max_resident=0, uint64_t max_swapped=0):
         self.m.page_size = page_size
         self.m.nodes = nodes
         self.m.hash_index = hash_index
         self.m.gate_first = gate_first
         self.m.zero_giveback = zero_giveback
+        self.m.counts_zero_pages = counts_zero_pages
         self.m.max_resident = max_resident
         self.m.max_swapped = max_swapped
         self.m.width = page_size

@@ -128,6 +128,7 @@ class Machine:
             hash_index=index == "hash",
             gate_first=self.kernel.gate_first,
             zero_giveback=self.kernel.zero_giveback,
+            counts_zero_pages=self.kernel.counts_zero_pages,
             max_resident=0 if ram is None else ram // page_size,
             max_swapped=swap // page_size,
         )

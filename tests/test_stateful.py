@@ -107,7 +107,7 @@ class Machines(RuleBasedStateMachine):
 
     @rule(at=PAGES, page=PAGES, old=st.integers(1, 6), new=st.integers(1, 6))
     def resize(self, at: int, page: int, old: int, new: int) -> None:
-        self.step("mremap", self.process(at), page, old, new, 0)
+        self.step("mremap", self.process(at), page, old, new, 0, 0)
 
     @precondition(lambda self: self.lockstep.nodes > 1)
     @rule(at=PAGES, page=PAGES, count=COUNTS, node=NODES)

@@ -69,7 +69,7 @@ ctypedef struct Store:
 
     uint32_t width  # bytes of a content: page_size or FINGERPRINT_BYTES
     uint32_t huge  # slots of a huge page
-    bint gate_first, zero_giveback
+    bint gate_first, zero_giveback, counts_zero_pages
     uint8_t *zero  # the content of the zero page
     uint64_t zero_hash
 

@@ -9,7 +9,7 @@ from ksm._cy.slots cimport leave_tree, one_huge_page, remap, split_huge
 from ksm._cy.stable cimport hang, place_migrating, stable_insert, stable_search, start_migrating
 from ksm._cy.store cimport Store, Erased, NO_MEMORY, SEARCH_GIVEN_UP, NOT_FOUND, grow
 from ksm._cy.table cimport table_reserve
-from ksm._cy.types cimport DIRTY, FIRST_FRAME, IN_STABLE, KSM, KSM_ZERO, MIGRATING, Block, StableNode
+from ksm._cy.types cimport DIRTY, FIRST_FRAME, IN_STABLE, KSM, KSM_ZERO, ZERO_PAGE, MIGRATING, Block, StableNode
 from ksm._cy.unstable cimport build_unstable, touch_unstable, unstable_search
 
 
@@ -136,9 +136,13 @@ cdef inline void merge_with(Store *m, uint32_t slot, uint32_t n) noexcept nogil:
 
 
 cdef inline void merge_with_zero(Store *m, uint32_t slot) noexcept nogil:
-    """Map the shared zero page for ksmd (use_zero_pages)."""
+    """Map the shared zero page for ksmd (use_zero_pages); before 6.6 nothing told it from any other zero page."""
     cdef uint32_t f = slot_frame(m, slot)
     m.merges += 1
+    if not m.counts_zero_pages:
+        set_slot(m, slot, ZERO_PAGE, False)
+        frame_unmap(m, f)
+        return
     set_slot(m, slot, KSM_ZERO, False)
     frame_unmap(m, f)
     m.ksm_zero_pages += 1
