@@ -162,19 +162,21 @@ class Ksm:
                 self.memory.fault(mm, page, vma, True)
 
     def unmerge_everything(self) -> None:
-        """run = 2."""
-        for mm in list(self.mms):
-            if mm.alive:
-                for vma in mm.vmas:
-                    if vma.mergeable:
-                        self.unmerge(mm, vma.start, vma.end)
-            for item in list(mm.items.values()):
-                self.drop_item(item)
-            if not mm.alive:
-                self.mms.remove(mm)
-                mm.registered = False
-        self.cursor = None
-        self.address = self.kept = 0
+        """run = 2. When memory runs out half-way, what was done stays done, and passes go on counting."""
+        try:
+            for mm in list(self.mms):
+                if mm.alive:
+                    for vma in mm.vmas:
+                        if vma.mergeable:
+                            self.unmerge(mm, vma.start, vma.end)
+                for item in list(mm.items.values()):
+                    self.drop_item(item)
+                if not mm.alive:
+                    self.mms.remove(mm)
+                    mm.registered = False
+        finally:
+            self.cursor = None
+            self.address = self.kept = 0
         self.full_scans = 0
         self.sweep()
 

@@ -331,6 +331,8 @@ class ModelProcess:
                 self._change(first, last, lambda part: setattr(part, "huge", advice == HUGEPAGE))
             elif advice == DONTNEED:
                 self._m.memory.zap(self._mm, first, last)
+                if self._m.version >= (6, 14):  # empty page tables are given back
+                    self._mm.tables -= {u for u in self._mm.tables if first <= u * HUGE_PAGES <= last - HUGE_PAGES}
             elif advice == FREE:
                 self._free(first, last)
             elif advice == PAGEOUT:
