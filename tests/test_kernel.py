@@ -16,20 +16,10 @@ from typing import Any
 import pytest
 
 import ksm
-from tests.kernel import compare, real, sysfs
+from tests.kernel import compare, host, sysfs
+from tests.kernel.host import CGROUPS, SWAP_BYTES, SYSFS, Unavailable, why_not
 from tests.kernel.program import ARENA, HUGE, MERGEABLE, STYLES, Program, apply, content, generate, state
-from tests.kernel.real import (
-    CGROUPS,
-    NEVER_PRUNE,
-    PAGE,
-    SWAP_BYTES,
-    SYSFS,
-    TUNABLES,
-    KernelSession,
-    RealMachine,
-    Unavailable,
-    why_not,
-)
+from tests.kernel.real import NEVER_PRUNE, PAGE, TUNABLES, KernelSession, RealMachine
 
 needs_kernel = pytest.mark.skipif(why_not() is not None, reason=why_not() or "")
 INDEXES = ("hash", "tree")
@@ -155,12 +145,12 @@ def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Nobody else uses the kernel's KSM meanwhile; the sessions of this test take another lock."""
     if why_not():
         pytest.skip(str(why_not()))
-    with real.locked(real.LOCK):
+    with host.locked(host.LOCK):
         try:
-            real.require_unused()
+            host.require_unused()
         except Unavailable as reason:
             pytest.skip(str(reason))
-        monkeypatch.setattr(real, "LOCK", tmp_path / "lock")
+        monkeypatch.setattr(host, "LOCK", tmp_path / "lock")
         yield tmp_path / "lock"
 
 
@@ -210,9 +200,9 @@ def test_everything_is_put_back_after_sigterm(alone: Path) -> None:
     script = f"""
 import time
 from pathlib import Path
-from tests.kernel import real
+from tests.kernel import host
 from tests.kernel.real import KernelSession, RealMachine
-real.LOCK = Path({str(alone)!r})
+host.LOCK = Path({str(alone)!r})
 with KernelSession() as session:
     machine = RealMachine(session)
     machine.ksm.write("max_page_sharing", "9")
@@ -230,7 +220,7 @@ with KernelSession() as session:
 
 
 def test_no_session_beside_other_registered_memory(alone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(real, "PATIENCE_WITH_OTHERS", 0.1)
+    monkeypatch.setattr(host, "PATIENCE_WITH_OTHERS", 0.1)
     script = "import ctypes, sys; print(ctypes.CDLL(None).prctl(67, 1, 0, 0, 0), flush=True); sys.stdin.read()"
     with subprocess.Popen(
         [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

@@ -7,9 +7,10 @@ import sys
 import time
 from typing import Any
 
-from tests.kernel import compare, real
+from tests.kernel import compare, host
+from tests.kernel.host import SWAP_BYTES, Unavailable
 from tests.kernel.program import STYLES, Program, generate
-from tests.kernel.real import NEVER_PRUNE, SWAP_BYTES, KernelSession, RealMachine, Unavailable
+from tests.kernel.real import NEVER_PRUNE, KernelSession, RealMachine
 
 TURN = 20.0  # seconds after which others get the kernel for a moment
 
@@ -106,7 +107,7 @@ def main() -> int:
     parser.add_argument("--stop", type=int, default=5, help="after so many differences")
     parser.add_argument("--wait", type=float, default=10, help="seconds, until others' registered memory is gone")
     comparison = Comparison(parser.parse_args())
-    real.PATIENCE_WITH_OTHERS = comparison.arguments.wait
+    host.PATIENCE_WITH_OTHERS = comparison.arguments.wait
     try:
         while not comparison.finished():
             comparison.turn()

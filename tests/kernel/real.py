@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import ctypes
-import fcntl
 import functools
 import os
 import re
@@ -13,25 +11,17 @@ import socket
 import struct
 import subprocess
 import tempfile
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 
-SYSFS = Path("/sys/kernel/mm/ksm")
-LOCK = Path("/run/lock/ksm-kernel.lock")
-CGROUPS = Path("/sys/fs/cgroup/memory")
-ZRAM = Path("/sys/block/zram0")
-KHUGEPAGED = Path("/sys/kernel/mm/transparent_hugepage/khugepaged/scan_sleep_millisecs")
-SWAP_BYTES = 256 << 20
+from tests.kernel import host
+from tests.kernel.host import FOREVER_MS, SYSFS, Unavailable, opened, why_not
+
 PAGE = 4096
-FOREVER_MS = 10_000_000
 UNLIMITED = 2_000_000_000
 NEVER_PRUNE = 100_000_000
-PATIENCE = 60.0  # seconds for one batch
-PATIENCE_WITH_OTHERS = 10.0  # seconds in which others' registered memory may go away
 
 COUNTERS = (
     "pages_shared",
@@ -68,27 +58,6 @@ REPLY = struct.Struct("2q")
 LONGEST = 32 * PAGE  # bytes of data in one command
 
 
-class Unavailable(Exception):
-    """The running kernel cannot be the judge here and now; the message says why."""
-
-
-def why_not() -> str | None:
-    """Why the running kernel cannot judge here; None: it can."""
-    if not SYSFS.is_dir():
-        return "this kernel has no KSM"
-    if os.geteuid() != 0:
-        return "driving the kernel's KSM needs root"
-    if not (SYSFS / "smart_scan").exists() or not Path("/proc/self/ksm_stat").exists():
-        return "the kernel is older than 6.7"
-    if not (CGROUPS / "memory.force_empty").exists():
-        return "no cgroup v1 memory controller, by which to flush the LRU caches"
-    try:
-        subprocess.run(["cc", "--version"], check=True, capture_output=True)
-    except (OSError, subprocess.CalledProcessError):
-        return "no C compiler"
-    return None
-
-
 class KernelSession:
     """Holds the kernel's KSM for one user: the lock, a parked ksmd, workers; puts everything back at the end.
 
@@ -112,25 +81,25 @@ class KernelSession:
 
     def close(self) -> None:
         """Kill the workers, unmerge, and put everything back; a signal that comes meanwhile waits for the end."""
-        with held_back(signal.SIGINT, signal.SIGTERM):
+        with host.held_back(signal.SIGINT, signal.SIGTERM):
             self._stack.close()
 
     def _start(self, stack: ExitStack) -> None:
         reason = why_not()
         if reason:
             raise Unavailable(reason)
-        stack.enter_context(sigterm_unwinds())
-        stack.enter_context(locked(LOCK))
-        stack.enter_context(pinned())
-        require_unused()
-        if KHUGEPAGED.exists():
-            stack.enter_context(khugepaged_asleep())
+        stack.enter_context(host.sigterm_unwinds())
+        stack.enter_context(host.locked(host.LOCK))
+        stack.enter_context(host.pinned())
+        host.require_unused()
+        if host.KHUGEPAGED.exists():
+            stack.enter_context(host.khugepaged_asleep())
         for name in [*TUNABLES, *COUNTERS]:
             self._files[name] = opened(stack, SYSFS / name, os.O_RDWR if name in TUNABLES else os.O_RDONLY)
         self._vmstat = opened(stack, Path("/proc/vmstat"), os.O_RDONLY)
-        self._ksmd = opened(stack, kernel_thread("ksmd") / "stat", os.O_RDONLY)
+        self._ksmd = opened(stack, host.kernel_thread("ksmd") / "stat", os.O_RDONLY)
         if self._swap:
-            stack.enter_context(swap_on_zram())
+            stack.enter_context(host.swap_on_zram())
         stack.callback(self._restore, {name: selected(self.read(name)) for name in TUNABLES})
         self._start_workers(stack)
         self.write("run", "0")
@@ -138,8 +107,8 @@ class KernelSession:
         self._park()
 
     def _start_workers(self, stack: ExitStack) -> None:
-        """The zygote, in a memory cgroup of its own; every worker is its descendant."""
-        empty, work = (stack.enter_context(cgroup(f"ksm-{os.getpid()}-{which}")) for which in ("empty", "work"))
+        """The zygote, in a memory host.cgroup of its own; every worker is its descendant."""
+        empty, work = (stack.enter_context(host.cgroup(f"ksm-{os.getpid()}-{which}")) for which in ("empty", "work"))
         self._flush, self._evict = (opened(stack, group / "memory.force_empty", os.O_WRONLY) for group in (empty, work))
         self._memory = opened(stack, work / "memory.stat", os.O_RDONLY)
         self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -149,7 +118,7 @@ class KernelSession:
         stack.callback(self._forget_processes)
         stack.callback(zygote.wait, timeout=10)
         stack.callback(zygote.kill)
-        stack.callback(kill_all, work)
+        stack.callback(host.kill_all, work)
         (work / "cgroup.procs").write_text(str(zygote.pid))
 
     def _forget_processes(self) -> None:
@@ -187,7 +156,7 @@ class KernelSession:
         self.flush()
         self.write("pages_to_scan", str(pages))
         self.write("run", "1")
-        wait_for_sleep(self._ksmd, f"a batch of {pages:,} pages")
+        host.wait_for_sleep(self._ksmd, f"a batch of {pages:,} pages")
         self.write("run", "0")
         self._park()
 
@@ -199,7 +168,7 @@ class KernelSession:
         """Move ksmd from its sleep between batches to its sleep until `run` changes."""
         self._sleep = FOREVER_MS + (self._sleep == FOREVER_MS)
         self.write("sleep_millisecs", str(self._sleep))
-        wait_for_sleep(self._ksmd, "being parked")
+        host.wait_for_sleep(self._ksmd, "being parked")
 
     def evict(self) -> None:
         """Have the kernel reclaim all it can of the workers' memory: until two rounds in a row got nothing.
@@ -244,13 +213,6 @@ class KernelSession:
         return value, ours
 
 
-def opened(stack: ExitStack, path: Path, flags: int) -> int:
-    """A file descriptor that the stack closes."""
-    fd = os.open(path, flags)
-    stack.callback(os.close, fd)
-    return fd
-
-
 def selected(text: str) -> str:
     """What a file holds, as it can be written back: `[none] scan-time` is `none`."""
     return re.sub(r".*\[(.*)\].*", r"\1", text.strip())
@@ -261,163 +223,20 @@ def number_after(text: bytes, name: bytes) -> int:
     return int(text[start : text.index(b"\n", start)])
 
 
-def kernel_thread(name: str) -> Path:
-    for process in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):
-            if (process / "comm").read_text() == f"{name}\n" and not os.path.exists(process / "exe"):
-                return process
-    raise Unavailable(f"{name} is not to be seen; is this a container?")
-
-
-def wait_for_sleep(stat: int, what: str) -> None:
-    """Until a thread that was just woken sleeps again. Waiting for a lock is another state than S."""
-    deadline = time.monotonic() + PATIENCE
-    spins = 0
-    while b") S " not in os.pread(stat, 64, 0):
-        spins += 1
-        if spins > 20:
-            time.sleep(0.00005)
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"the kernel did not finish {what} in {PATIENCE:g} s")
-
-
-@contextmanager
-def khugepaged_asleep() -> Iterator[None]:
-    """Else it makes huge pages of ours at its own pace. A change of its interval wakes it once."""
-    before = KHUGEPAGED.read_text()
-    stat = os.open(kernel_thread("khugepaged") / "stat", os.O_RDONLY)
-    try:
-        KHUGEPAGED.write_text(str(FOREVER_MS))
-        wait_for_sleep(stat, "khugepaged's last look round")
-        yield
-    finally:
-        KHUGEPAGED.write_text(before)
-        os.close(stat)
-
-
-def is_mergeable(process: Path) -> bool:
-    with suppress(OSError):
-        return " yes" in (process / "ksm_stat").read_text()
-    return False
-
-
-def require_unused() -> None:
-    """Nobody's memory but ours may be registered: it would be scanned, counted and unmerged too."""
-    if (SYSFS / "run").read_text() == "1\n":
-        raise Unavailable("KSM is running on this host")
-    deadline = time.monotonic() + PATIENCE_WITH_OTHERS
-    while found := [p for p in Path("/proc").glob("[0-9]*") if is_mergeable(p)]:
-        if time.monotonic() > deadline:
-            raise Unavailable(f"process {found[0].name} on this host has memory registered with KSM")
-        time.sleep(0.01)
-
-
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX)  # may wait for another's turn
-        yield
-    finally:
-        os.close(fd)
-
-
-@contextmanager
-def pinned() -> Iterator[None]:
-    """This thread and the workers on one CPU: a third of the time, since each waits for the other anyway."""
-    before = os.sched_getaffinity(0)
-    here = ctypes.CDLL(None).sched_getcpu()
-    os.sched_setaffinity(0, {here} & before or before)
-    try:
-        yield
-    finally:
-        os.sched_setaffinity(0, before)
-
-
-@contextmanager
-def sigterm_unwinds() -> Iterator[None]:
-    """SIGTERM ends the program the way an exception does, so that everything is put back."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(number: int, frame: object) -> None:
-        raise SystemExit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-@contextmanager
-def held_back(*signals: int) -> Iterator[None]:
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-@contextmanager
-def cgroup(name: str) -> Iterator[Path]:
-    path = CGROUPS / name
-    path.mkdir(exist_ok=True)
-    try:
-        yield path
-    finally:
-        deadline = time.monotonic() + 5
-        while True:
-            try:
-                path.rmdir()
-                break
-            except OSError:  # busy: what was in it is still on its way out
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(0.001)
-
-
-@contextmanager
-def swap_on_zram() -> Iterator[None]:
-    """The host has swap space meanwhile, on /dev/zram0."""
-    if not ZRAM.is_dir():
-        raise Unavailable("no zram, on which to put swap space")
-    if (ZRAM / "disksize").read_text() != "0\n" or "zram0" in Path("/proc/swaps").read_text():
-        raise Unavailable("/dev/zram0 is in use")
-    libc = ctypes.CDLL(None, use_errno=True)
-    try:
-        (ZRAM / "disksize").write_text(str(SWAP_BYTES))
-        subprocess.run(["mkswap", "/dev/zram0"], check=True, capture_output=True)
-        if libc.swapon(b"/dev/zram0", 0):
-            raise OSError(ctypes.get_errno(), "swapon /dev/zram0")
-        yield
-    finally:
-        libc.swapoff(b"/dev/zram0")
-        (ZRAM / "reset").write_text("1")
-
-
 @functools.cache
 def worker() -> Path:
     """The compiled worker; it goes with this process."""
     directory = tempfile.TemporaryDirectory(prefix="ksm-worker-")
     path = Path(directory.name) / "worker"
-    subprocess.run(["cc", "-O2", "-static", "-o", path, Path(__file__).with_name("worker.c")], check=True)
+    source = Path(__file__).with_name("worker.c")
+    for how in (["-static"], []):  # not every system has a static libc
+        made = subprocess.run(["cc", "-O2", *how, "-o", path, source], capture_output=True, text=True)
+        if made.returncode == 0:
+            break
+    else:
+        raise Unavailable(f"cc cannot compile the worker: {made.stderr}")
     atexit.register(directory.cleanup)
     return path
-
-
-def kill_all(group: Path) -> None:
-    """Kill every process of a cgroup: all of them are ours."""
-    for _ in range(1000):
-        pids = (group / "cgroup.procs").read_text().split()
-        if not pids:
-            return
-        for pid in pids:
-            with suppress(ProcessLookupError):
-                os.kill(int(pid), signal.SIGKILL)
-        time.sleep(0.001)
 
 
 def receive(channel: socket.socket) -> tuple[int, int, bytes]:
@@ -516,6 +335,8 @@ class RealSysfs:
         if name == "run":
             self._write_run(plain)
             return
+        if name == "advisor_mode" and plain.startswith(b"scan-time"):
+            raise NotImplementedError("the advisor goes by wall time, and takes the file by which ksmd is stepped")
         self._session.write(name, plain)
         if name in self.logical and plain:
             self.logical[name] = self._session.number(name)

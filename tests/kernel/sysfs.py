@@ -7,7 +7,8 @@ import json
 import os
 from pathlib import Path
 
-from tests.kernel.real import COUNTERS, SYSFS, TUNABLES, KernelSession
+from tests.kernel.host import SYSFS
+from tests.kernel.real import COUNTERS, TUNABLES, KernelSession
 
 ANSWERS = Path(__file__).with_name("data") / "sysfs_writes.json"
 DEFAULTS = {**TUNABLES, "stable_node_chains_prune_millisecs": "2000"}
