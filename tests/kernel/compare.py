@@ -34,6 +34,11 @@ def difference(program: Program, kernel: Factory, ours: Factory) -> str | None:
     return None
 
 
+def steady_difference(program: Program, kernel: Factory, ours: Factory) -> str | None:
+    """A difference that is there the second time as well: others may have disturbed the kernel."""
+    return difference(program, kernel, ours) and difference(program, kernel, ours)
+
+
 def report(i: int, op: Op, want: Step, have: Step) -> str:
     """What differs after operation `i`, a line each."""
     lines = [f"operation {i}: {op}"]

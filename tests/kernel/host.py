@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
+import json
 import os
 import signal
 import subprocess
@@ -19,6 +20,8 @@ CGROUPS = Path("/sys/fs/cgroup/memory")
 ZRAM = Path("/sys/block/zram0")
 KHUGEPAGED = Path("/sys/kernel/mm/transparent_hugepage/khugepaged/scan_sleep_millisecs")
 SWAP_BYTES = 256 << 20
+SWAP_LABEL = "ksm-tests"
+PAGE = 4096
 FOREVER_MS = 10_000_000
 PATIENCE = 60.0  # seconds for one batch
 PATIENCE_WITH_OTHERS = 10.0  # seconds in which others' registered memory may go away
@@ -154,18 +157,35 @@ def swap_on_zram() -> Iterator[None]:
     """The host has swap space meanwhile, on /dev/zram0."""
     if not ZRAM.is_dir():
         raise Unavailable("no zram, on which to put swap space")
-    if (ZRAM / "disksize").read_text() != "0\n" or "zram0" in Path("/proc/swaps").read_text():
-        raise Unavailable("/dev/zram0 is in use")
     libc = ctypes.CDLL(None, use_errno=True)
+
+    def put_back() -> None:
+        libc.swapoff(b"/dev/zram0")
+        (ZRAM / "reset").write_text("1")
+
+    if (ZRAM / "disksize").read_text() != "0\n":
+        with open("/dev/zram0", "rb") as device:
+            if SWAP_LABEL.encode() not in device.read(PAGE):
+                raise Unavailable("/dev/zram0 is in use")
+        put_back()  # a session before this one was killed
     try:
         (ZRAM / "disksize").write_text(str(SWAP_BYTES))
-        subprocess.run(["mkswap", "/dev/zram0"], check=True, capture_output=True)
+        subprocess.run(["mkswap", "-L", SWAP_LABEL, "/dev/zram0"], check=True, capture_output=True)
         if libc.swapon(b"/dev/zram0", 0):
             raise OSError(ctypes.get_errno(), "swapon /dev/zram0")
         yield
     finally:
-        libc.swapoff(b"/dev/zram0")
-        (ZRAM / "reset").write_text("1")
+        put_back()
+
+
+@contextmanager
+def remembered(values: dict[str, str]) -> Iterator[dict[str, str]]:
+    """The values to put back: those found, or those that a killed session left in the lock file."""
+    with suppress(ValueError):
+        values = json.loads(LOCK.read_text())
+    LOCK.write_text(json.dumps(values))
+    yield values
+    LOCK.write_text("")
 
 
 @contextmanager

@@ -8,7 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from tests.kernel.real import COUNTERS, PAGE
+from tests.kernel.host import PAGE
+from tests.kernel.real import COUNTERS
 
 ARENA = 0x100000000000
 HUGE = 512  # pages of a huge page

@@ -17,9 +17,8 @@ from pathlib import Path
 from types import TracebackType
 
 from tests.kernel import host
-from tests.kernel.host import FOREVER_MS, SYSFS, Unavailable, opened, why_not
+from tests.kernel.host import FOREVER_MS, PAGE, SYSFS, Unavailable, opened, why_not
 
-PAGE = 4096
 UNLIMITED = 2_000_000_000
 NEVER_PRUNE = 100_000_000
 
@@ -100,7 +99,8 @@ class KernelSession:
         self._ksmd = opened(stack, host.kernel_thread("ksmd") / "stat", os.O_RDONLY)
         if self._swap:
             stack.enter_context(host.swap_on_zram())
-        stack.callback(self._restore, {name: selected(self.read(name)) for name in TUNABLES})
+        found = {name: selected(self.read(name)) for name in TUNABLES}
+        stack.callback(self._restore, stack.enter_context(host.remembered(found)))
         self._start_workers(stack)
         self.write("run", "0")
         self.write("advisor_mode", "none")
