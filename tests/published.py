@@ -409,19 +409,20 @@ def executors() -> dict[str, Callable[[Case], contextlib.AbstractContextManager[
     return {"tree": on_machine("tree"), "hash": on_machine("hash"), "model": on_model, "kernel": on_kernel}
 
 
-def refusal(executor: str, case: Case) -> str | None:
-    """Why an executor cannot run a case, if it cannot."""
+def suits(executor: str, case: Case) -> str | None:
+    """Why a case is not for an executor at all, if so."""
     if executor == "model" and case.pages > SLOW:
         return "too large for the plain model"
-    if executor == "model" and case.borrows:
-        return "the model has no images"
-    if executor == "kernel":
-        if case.borrows:
-            return "the kernel's processes cannot borrow memory"
-        if case.nodes > len(list(Path("/sys/devices/system/node").glob("node[0-9]*"))):
-            return f"this host has not {case.nodes} NUMA nodes"
-        return why_not()
+    if case.borrows and executor in ("model", "kernel"):
+        return f"the {executor}'s processes cannot borrow memory"
+    if executor == "kernel" and case.nodes > len(list(Path("/sys/devices/system/node").glob("node[0-9]*"))):
+        return f"this host has not {case.nodes} NUMA nodes"
     return None
+
+
+def refusal(executor: str, case: Case) -> str | None:
+    """Why an executor cannot run a case here, if it cannot."""
+    return suits(executor, case) or (why_not() if executor == "kernel" else None)
 
 
 def on_machine(index: str) -> Callable[[Case], contextlib.AbstractContextManager[Any]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import mmap
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -439,7 +438,7 @@ def test_the_hosts_numbers(host: Host) -> None:
 
 
 @linux_only
-def test_memory_merge() -> None:
+def test_memory_merge(run_python: Callable[[str], str]) -> None:
     if not Host().root.exists() or not Host().kernel.process_merge_any:
         pytest.skip("the running kernel has no KSM, or is older than 6.4")
     code = """if True:
@@ -450,5 +449,4 @@ def test_memory_merge() -> None:
             seen.append(get_memory_merge())
         print(seen)
     """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "[False, True, True, False]\n"
+    assert run_python(code) == "[False, True, True, False]\n"
