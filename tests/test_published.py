@@ -7,7 +7,6 @@ import pytest
 from tests.kernel.real import Unavailable
 from tests.published import CASES, Case, executors, formula, refusal, run, suits
 
-
 PAIRS = [(case, executor) for case in CASES for executor in executors() if not suits(executor, case)]
 
 
