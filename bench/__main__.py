@@ -1,0 +1,132 @@
+"""`python -m bench`: every goal beside what was measured, in one run, as text, JSON and a picture."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+
+from bench import contest, goals, processes, show
+from bench.contest import Cost
+from bench.host import description
+from bench.rows import Row
+
+ROOT = Path(__file__).parents[1]
+PAGES_A_GIB = 2**18
+MARKERS = ("<!-- bench: made by python -m bench -->", "<!-- bench: end -->")
+
+
+class Plan:
+    """How large and how often, and which parts: the parts by name, each a function that gives rows."""
+
+    def __init__(self, gib: float, rounds: int, quick: bool, directory: str | None) -> None:
+        n = int(gib * PAGES_A_GIB)
+        few = max(1, rounds // 2)
+        most = 2**18 if quick else 2**24
+        self.sizes = [n >> shift for shift in range(8, -1, -1) if n >> shift >= min(n, PAGES_A_GIB // 4)]
+        self.rounds = few
+        self.parts: dict[str, Callable[[], list[Row]]] = {
+            "reading": lambda: goals.against_reading(n, rounds),
+            "kernel": lambda: [
+                *goals.against_kernel("guest", n, few, judged=True),
+                *goals.against_kernel("unique", n, 1, judged=False),
+                *goals.against_kernel("copies", n, 1, judged=False),
+            ],
+            "command": lambda: processes.command(n, few, directory),
+            "memory": lambda: processes.footprint(n),
+            "growth": lambda: goals.growth([most >> shift for shift in range(4, -1, -1)], few),
+            "import": lambda: processes.import_time(rounds),
+        }
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--size", "gib", type=click.FloatRange(0.001), default=4.0, show_default=True, help="GiB of pages.")
+@click.option(
+    "--rounds", type=click.IntRange(1), default=6, show_default=True, help="Of each measurement; the slow ones half."
+)
+@click.option("--only", multiple=True, help="A part: reading, kernel, command, memory, growth, import or contest.")
+@click.option("--quick", is_flag=True, help="A few seconds on 16 MiB: shows the shape, its figures mean nothing.")
+@click.option("--json", "json_file", metavar="FILE", help="Write all of it as JSON.")
+@click.option("--picture", "picture_file", metavar="FILE", help="Draw it, as .svg or .png.")
+@click.option("--load", "load_file", metavar="FILE", help="Show what --json wrote, measuring nothing.")
+@click.option("--update", "document", metavar="FILE", help="Put the tables between the markers of a document.")
+@click.option("--directory", help="Where the file for `ksm estimate` is written.  [default: the temporary directory]")
+@click.option("--check", is_flag=True, help="Exit with 1 if a goal is missed.")
+def command(
+    gib: float,
+    rounds: int,
+    only: tuple[str, ...],
+    quick: bool,
+    json_file: str | None,
+    picture_file: str | None,
+    load_file: str | None,
+    document: str | None,
+    directory: str | None,
+    check: bool,
+) -> None:
+    """How fast ksm is, beside plain memory reading, the kernel's ksmd, and what else could be used.
+
+    The kernel's part needs root, a kernel with KSM that nobody else uses, and takes the memory of --size twice.
+    """
+    if load_file is not None:
+        machine, rows, costs = loaded(Path(load_file))
+    else:
+        plan = Plan(1 / 64, 1, True, directory) if quick else Plan(gib, rounds, False, directory)
+        unknown = sorted(set(only) - {*plan.parts, "contest"})
+        if unknown:
+            raise click.UsageError(f"there is no part named {unknown[0]}; there are {', '.join(plan.parts)}, contest")
+        machine, rows, costs = measured(plan, only)
+    console = Console(highlight=False, markup=False, emoji=False)
+    if not console.is_terminal:
+        console.width = 160
+    show.text(console, machine, rows, costs)
+    if json_file is not None:
+        answer = {"machine": machine, "rows": [r.to_dict() for r in rows], "contest": [c.to_dict() for c in costs]}
+        Path(json_file).write_text(json.dumps(answer, indent=1) + "\n")
+    if picture_file is not None:
+        show.picture(rows, costs).save(picture_file, scale_factor=2)
+    if document is not None:
+        update(Path(document), show.markdown(machine, rows, costs))
+    if check and any(row.verdict == "missed" for row in rows):
+        sys.exit(1)
+
+
+def measured(plan: Plan, only: Sequence[str]) -> tuple[dict[str, Any], list[Row], list[Cost]]:
+    """Measure the parts that are wanted, telling on stderr which one is under way."""
+    machine = description()
+    rows: list[Row] = []
+    for name, part in plan.parts.items():
+        if not only or name in only:
+            print(f"measuring: {name} ...", file=sys.stderr, flush=True)
+            rows += part()
+    costs: list[Cost] = []
+    if not only or "contest" in only:
+        print("measuring: contest ...", file=sys.stderr, flush=True)
+        costs = contest.contest(plan.sizes, plan.rounds)
+    return machine, rows, costs
+
+
+def loaded(file: Path) -> tuple[dict[str, Any], list[Row], list[Cost]]:
+    """What an earlier run wrote."""
+    found = json.loads(file.read_text())
+    return found["machine"], [Row.from_dict(row) for row in found["rows"]], [Cost(**cost) for cost in found["contest"]]
+
+
+def update(document: Path, tables: str) -> None:
+    """Put the tables between the markers."""
+    start, end = map(re.escape, MARKERS)
+    old = document.read_text()
+    new, found = re.subn(f"{start}\n.*?{end}", lambda _: f"{MARKERS[0]}\n{tables}{MARKERS[1]}", old, flags=re.DOTALL)
+    if not found:
+        raise click.UsageError(f"{document} has no lines {MARKERS[0]} and {MARKERS[1]}")
+    document.write_text(new)
+
+
+if __name__ == "__main__":
+    command()
