@@ -142,7 +142,7 @@ class FileSysfs(Sysfs):
         data = text.encode("utf-8", "surrogateescape") if isinstance(text, str) else bytes(text)
         path = self._path(name)
         try:
-            fd = os.open(path, os.O_WRONLY)
+            fd = os.open(path, os.O_WRONLY | os.O_TRUNC)  # as a shell's > does; sysfs does not care
             try:
                 os.write(fd, data)
             finally:

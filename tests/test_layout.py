@@ -30,7 +30,7 @@ LAYERS = [
     {"check", "ksmd", "stepper", "vmas"},
     {"machine"},  # holds its ksmd
     {"sources", "linux"},
-    {"estimate", "plan", "advise", "trace"},
+    {"estimate", "plan", "advise", "trace", "tune"},
     {"ksm"},  # the public names
     {"fleet"},
     {"report"},

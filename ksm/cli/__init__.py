@@ -22,6 +22,7 @@ _COMMANDS: Mapping[str, str] = MappingProxyType(
         "demo": "Show it at work on eight live processes, beside the kernel's own counters.",
         "estimate": "What KSM would save on these images or processes.",
         "simulate": "How KSM gets there: its counters over time.",
+        "tune": "Show, set and reset the tunables.",
     }
 )
 
