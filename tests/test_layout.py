@@ -25,7 +25,7 @@ LAYERS = [
     {"errors", "constants"},
     {"_core"},  # knows buffers of bytes, and nothing of who made them
     {"pages"},  # drives the hash that _core holds
-    {"stats"},
+    {"keyed", "stats"},
     {"sysfs"},
     {"check", "ksmd", "stepper", "vmas"},
     {"machine"},  # holds its ksmd

@@ -21,6 +21,7 @@ _COMMANDS: Mapping[str, str] = MappingProxyType(
     {
         "demo": "Show it at work on eight live processes, beside the kernel's own counters.",
         "estimate": "What KSM would save on these images or processes.",
+        "record": "Record what memory holds over time, to replay it under any tunables.",
         "simulate": "How KSM gets there: its counters over time.",
         "tune": "Show, set and reset the tunables.",
     }

@@ -1,0 +1,195 @@
+"""What a recording looks at: processes that come and go, images that are read again and again, series of dumps."""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TypeAlias
+
+from ksm import sources
+from ksm.errors import SourceError
+from ksm.linux import Host
+from ksm.sources import Image
+
+Watched: TypeAlias = "str | os.PathLike[str] | Image"
+Sources: TypeAlias = "Sequence[Watched] | Mapping[str, Sequence[Watched]]"
+
+
+class Watch(ABC):
+    """One thing to look at, at each step.
+
+    >>> watch("comm:qemu-*").finished
+    False
+    """
+
+    finished = False
+    """Whether there will never be anything to see again."""
+
+    @abstractmethod
+    def look(self) -> Iterator[tuple[str, Image]]:
+        """(process name, its image) of what is there now; opened, to be closed by the caller."""
+
+
+class _Repeated(Watch):
+    """One source that is opened again at each step: a process, a guest by its name, a file that a guest writes to.
+
+    A process that has ended is finished with: another one with its pid is another one.
+    """
+
+    def __init__(self, source: str | os.PathLike[str], marked_only: bool, page_size: int) -> None:
+        self._source = source
+        self._marked_only = marked_only
+        self._page_size = page_size
+        self._once = isinstance(source, str) and source.startswith("pid:")
+        self._may_be_absent = isinstance(source, str) and source.startswith("qemu:")
+        self._who: tuple[int, str] | None = None
+
+    def look(self) -> Iterator[tuple[str, Image]]:
+        try:
+            image = sources.open(self._source, marked_only=self._marked_only, page_size=self._page_size)
+        except SourceError:
+            if not self._may_be_absent:
+                raise  # at first; it may go later
+            self.finished = self._once
+            return
+        who = identity(image)
+        if self._once and self._may_be_absent and who != self._who:
+            self.finished = True
+            image.close()
+            return
+        self._may_be_absent, self._who = True, who
+        yield os.fspath(self._source), image
+
+
+class _Many(Watch):
+    """All processes of a kind, by pid, whichever there are at a step."""
+
+    def __init__(self, pattern: str | None, marked_only: bool) -> None:
+        self._pattern = pattern
+        self._marked_only = marked_only
+        self._host = Host()
+
+    def look(self) -> Iterator[tuple[str, Image]]:
+        for pid in self._pids():
+            try:
+                yield f"pid:{pid}", sources.open(f"pid:{pid}", marked_only=self._marked_only)
+            except SourceError:
+                continue  # it has ended meanwhile
+
+    def _pids(self) -> list[int]:
+        if self._pattern is None:
+            return [process.pid for process in self._host.processes() if process.pid != os.getpid()]
+        return [pid for pid, name in commands() if fnmatch.fnmatchcase(name, self._pattern) and pid != os.getpid()]
+
+
+class _Series(Watch):
+    """Dumps of one guest, one a step."""
+
+    def __init__(self, name: str, dumps: Sequence[Watched], first: int, page_size: int) -> None:
+        self._name = name
+        self._dumps = list(dumps[first:])
+        self._page_size = page_size
+
+    def look(self) -> Iterator[tuple[str, Image]]:
+        if self._dumps:
+            dump = self._dumps.pop(0)
+            yield self._name, dump if isinstance(dump, Image) else sources.open(dump, page_size=self._page_size)
+        self.finished = not self._dumps
+
+
+def watch(source: Watched, marked_only: bool = False, page_size: int = 4096) -> Watch:
+    """What to look at for one source.
+
+    Args:
+        source: what `ksm.open` takes; "comm:PATTERN", all processes with such a name, as in /proc/PID/comm (at most 15
+            letters), PATTERN with * and ?; or "mergeable", all processes that take part in KSM.
+        marked_only: of processes, only what is marked mergeable at that step.
+        page_size: of raw images.
+
+    >>> watch("mergeable").finished
+    False
+    """
+    if isinstance(source, Image):
+        return _Series(source.name, [source], 0, page_size)
+    if isinstance(source, str) and source.startswith("comm:"):
+        return _Many(source[5:], marked_only)
+    if source == "mergeable":
+        return _Many(None, marked_only)
+    return _Repeated(source, marked_only, page_size)
+
+
+def watches(given: Sources, first: int, marked_only: bool, page_size: int) -> list[Watch]:
+    """What to look at for all of them; series begin with the dump number `first`.
+
+    >>> len(watches({"vm1": ["vm1-0.raw", "vm1-1.raw"]}, 0, False, 4096))
+    1
+    """
+    if isinstance(given, Mapping):
+        return [_Series(name, dumps, first, page_size) for name, dumps in given.items()]
+    return [watch(source, marked_only, page_size) for source in given]
+
+
+def series(directories: Sequence[str | os.PathLike[str]]) -> dict[str, list[str]]:
+    """The dumps in each directory, in the order of their names, numbers in them by value: name -> paths.
+
+    Raises:
+        SourceError: no such directory, or nothing in it; two directories of one name.
+
+    >>> os.mkdir("vm1")
+    >>> for name in ("10.raw", "9.raw"):
+    ...     os.mknod(os.path.join("vm1", name))
+    >>> series(["vm1"])
+    {'vm1': ['vm1/9.raw', 'vm1/10.raw']}
+    """
+    found: dict[str, list[str]] = {}
+    for directory in (os.fspath(given) for given in directories):
+        try:
+            names = [name for name in os.listdir(directory) if not name.startswith(".")]
+        except OSError as error:
+            raise SourceError(f"{directory}: {error.strerror}; a series is a directory of dumps") from None
+        if not names:
+            raise SourceError(f"{directory}: there are no dumps in it")
+        name = os.path.basename(os.path.normpath(directory))
+        if name in found:
+            raise SourceError(f"{directory}: there is another series of the name {name}")
+        found[name] = [os.path.join(directory, dump) for dump in sorted(names, key=_natural)]
+    return found
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
+def identity(image: Image) -> tuple[int, str] | None:
+    """What tells a process from all others: its pid, and when it started in clock ticks since boot; None: no process.
+
+    >>> identity(sources.open("self")) is None
+    True
+    """
+    pid = getattr(image, "pid", None)
+    if not isinstance(pid, int):
+        return None
+    try:
+        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
+            return pid, file.read().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return pid, ""
+
+
+def commands() -> list[tuple[int, str]]:
+    """(pid, name) of every process, by pid.
+
+    >>> os.getpid() in dict(commands())  # doctest: +SKIP
+    True
+    """
+    found = []
+    for entry in sorted(int(name) for name in os.listdir("/proc") if name.isdecimal()):
+        try:
+            with open(f"/proc/{entry}/comm", encoding="utf-8", errors="replace") as file:
+                found.append((entry, file.read().rstrip("\n")))
+        except OSError:
+            continue
+    return found
