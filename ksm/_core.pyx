@@ -33,9 +33,9 @@ from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 
-from ksm._cy.faults cimport evict, own_frame, swap_in, unmerge_block
+from ksm._cy.faults cimport evict, found_by_reclaim, own_frame, swap_in, unmerge_block
 from ksm._cy.frames cimport (
-    content_hash, find_block, find_slot, frame_new, has_room, make_slot, mark_slot, set_slot, slot_frame,
+    content_hash, find_block, find_slot, frame_gone, frame_new, has_room, make_slot, mark_slot, set_slot, slot_frame,
     sweep_blocks)
 from ksm._cy.page cimport page_is_zero
 from ksm._cy.rbtree cimport Node, rb_is_red, rb_parent
@@ -44,8 +44,8 @@ from ksm._cy.stable cimport build_stable, in_table, remove_node
 from ksm._cy.store cimport Store, NO_MEMORY, NO_FRAME, FINGERPRINT_BYTES, NO_SLOT, grow, range_mask
 from ksm._cy.table cimport table_free
 from ksm._cy.types cimport (
-    CACHED, DIRTY, FIRST_FRAME, FREE_NODE, HUGE, HUGE_ZERO, KSM_ZERO, LAZY, NOTHING, OWNED, SLOTS, ZERO_PAGE, Block,
-    Frame, Space, StableNode)
+    DIRTY, FIRST_FRAME, FREE_NODE, HUGE, HUGE_ZERO, KSM, KSM_ZERO, LAZY, NOTHING, OWNED, SLOTS, ZERO_PAGE,
+    Block, Frame, Space, StableNode)
 from ksm._cy.unstable cimport build_unstable, clear_unstable, touch_unstable, unstable_state
 from ksm._cy.visit cimport reserve
 from ksm._cy.walk cimport link_space, scan, unlink_space, unregister
@@ -267,8 +267,17 @@ cdef class Engine:
         return self.m.hashed
 
     @property
+    def searches(self):
+        cdef uint32_t depth
+        return tuple([self.m.searches[depth] for depth in range(65)])
+
+    @property
     def levels(self):
-        return self.m.levels
+        cdef uint32_t depth
+        cdef uint64_t levels = 0
+        for depth in range(65):
+            levels += depth * self.m.searches[depth]
+        return levels
 
     @property
     def merges(self):
@@ -476,6 +485,26 @@ cdef class Engine:
         if data.shape[0]:
             memcpy(<uint8_t *>self.m.frames[slot_frame(&self.m, slot)].data + offset, &data[0], data.shape[0])
 
+    def overwrite(self, uint32_t mm, uint64_t vpn, const uint8_t[:, ::1] rows, const uint8_t[::1] present, bint marked,
+                  uint8_t nid, uint64_t origin):
+        """Write whole pages, given as fingerprints: rows (n, 16), those where present (n,) is not 0."""
+        cdef uint64_t k, n = rows.shape[0]
+        cdef uint32_t slot
+        cdef int done = 0
+        if rows.shape[1] != FINGERPRINT_BYTES or not self.m.fingerprints_only or present.shape[0] != rows.shape[0]:
+            raise ValueError("rows, present and this machine do not fit")
+        with nogil:
+            for k in range(n):
+                if not present[k]:
+                    continue
+                slot = make_slot(&self.m, mm, vpn + k)
+                done = NO_MEMORY if slot == NO_SLOT else own_frame(&self.m, slot, nid, origin + k)
+                if done < 0:
+                    break
+                mark_slot(&self.m, slot, marked)
+                memcpy(<uint8_t *>self.m.frames[slot_frame(&self.m, slot)].data, &rows[k, 0], FINGERPRINT_BYTES)
+        self.answer(done)
+
     def read(self, uint32_t mm, uint64_t vpn, uint32_t offset, uint32_t n, bint marked, uint8_t nid, uint64_t origin):
         """Read within one page: a read fault if need be, then the bytes."""
         cdef uint32_t slot = make_slot(&self.m, mm, vpn), f
@@ -510,13 +539,13 @@ cdef class Engine:
             b.marked = b.marked | mask if marked else b.marked & ~mask
             at += 1
 
-    def unmerge(self, uint32_t mm, uint64_t vpn, uint64_t n):
-        """Give every KSM frame and KSM-placed zero page of a range a private copy."""
+    def unmerge(self, uint32_t mm, uint64_t vpn, uint64_t n, uint8_t nid):
+        """Give every KSM frame and KSM-placed zero page of a range a private copy on node nid."""
         cdef Space *space = &self.m.spaces[mm]
         cdef uint32_t at = find_block(&self.m, space, vpn)
         while at < space.count and self.m.blocks[space.blocks[at]].vpn < vpn + n:
             self.answer(unmerge_block(&self.m, space.blocks[at],
-                                      range_mask(self.m.blocks[space.blocks[at]].vpn, vpn, n)))
+                                      range_mask(self.m.blocks[space.blocks[at]].vpn, vpn, n), nid))
             at += 1
 
     def unmap(self, uint32_t mm, uint64_t vpn, uint64_t n):
@@ -588,7 +617,7 @@ cdef class Engine:
         """Swap out or drop by space and address, until so many frames are free (0: all that can); slots that went."""
         cdef uint32_t mm, at, i, slot, f
         cdef uint64_t gone = 0, before = self.m.resident
-        for mm in range(1, self.m.space_count):
+        for mm in [*range(1, self.m.space_count)] * 2:      # what stays the first time may go the second
             for at in range(self.m.spaces[mm].count):
                 for i in range(SLOTS):
                     slot = self.m.spaces[mm].blocks[at] << 6 | i
@@ -598,7 +627,7 @@ cdef class Engine:
                             return gone
         for f in range(FIRST_FRAME, self.m.frame_count):
             if self.m.frames[f].mappers == 0:
-                self.m.frames[f].flags &= ~CACHED
+                frame_gone(&self.m, f)
         return gone
 
     def touched(self, uint32_t mm, uint64_t vpn, uint64_t n):
@@ -664,17 +693,39 @@ cdef class Engine:
                     self.m.frames[f].swapped += 1
 
     def migrate(self, uint32_t mm, uint64_t vpn, uint64_t n, uint8_t nid):
-        """Move the frames of a range to a NUMA node; all that map them see it."""
+        """Move the frames of a range to a NUMA node; all that map them see it.
+
+        A KSM frame with a mapping that its items do not lead to stays where it is.
+        """
         cdef uint64_t v
         cdef uint32_t slot
+        fixed = self.unreachable(mm, vpn, n)
         for v in self.touched(mm, vpn, n):
             slot = find_slot(&self.m, mm, v)
-            if (self.m.blocks[slot >> 6].anon >> (slot & 63)) & 1:
+            if (self.m.blocks[slot >> 6].anon >> (slot & 63)) & 1 and slot_frame(&self.m, slot) not in fixed:
                 if self.m.frames[slot_frame(&self.m, slot)].mappers > 1:
                     build_unstable(&self.m)
                     self.m.unstable_changed = self.m.check_all = True
                 touch_unstable(&self.m, slot)
                 self.m.frames[slot_frame(&self.m, slot)].nid = nid
+
+    cdef set unreachable(self, uint32_t mm, uint64_t vpn, uint64_t n):
+        """The KSM frames of a range that have a mapping which no item leads to. O(all slots) if it holds any."""
+        cdef uint64_t v
+        cdef uint32_t slot, f, block, i
+        kept = set()
+        for v in self.touched(mm, vpn, n):
+            f = slot_frame(&self.m, find_slot(&self.m, mm, v))
+            if f >= FIRST_FRAME and self.m.frames[f].flags & KSM:
+                kept.add(f)
+        found = set()
+        for block in range(self.m.block_count if kept else 0):
+            for i in range(SLOTS):
+                slot = block << 6 | i
+                if (self.m.blocks[block].anon >> i) & 1 and slot_frame(&self.m, slot) in kept:
+                    if not found_by_reclaim(&self.m, slot):
+                        found.add(slot_frame(&self.m, slot))
+        return found
 
     def scan_batch(self, uint64_t budget):
         """One batch of at most `budget` visits: 0 budget spent, 1 the pass ended, 2 nothing registered."""
@@ -683,17 +734,19 @@ cdef class Engine:
             done = scan(&self.m, budget)
         return self.answer(done)
 
-    def unmerge_all(self):
-        """run=2: space by space, private copies in marked VMAs and items dropped; the position is reset."""
-        cdef uint32_t mm, at, next
+    def unmerge_all(self, marked):
+        """run=2: space by space, private copies in marked VMAs and items dropped; the position is reset.
+
+        marked: for each living space its marked ranges (first page, pages, NUMA node).
+        """
+        cdef uint32_t mm, next
         self.m.cursor = 0
         self.m.cursor_vpn = 0
         mm = self.m.spaces[0].next
         while mm:
             next = self.m.spaces[mm].next
-            for at in range(self.m.spaces[mm].count):
-                self.answer(unmerge_block(&self.m, self.m.spaces[mm].blocks[at],
-                                          self.m.blocks[self.m.spaces[mm].blocks[at]].marked))
+            for vpn, n, nid in marked.get(mm, ()):
+                self.unmerge(mm, vpn, n, nid)
             drop_all_items(&self.m, mm)
             if self.m.spaces[mm].exited:
                 unregister(&self.m, mm)

@@ -12,7 +12,7 @@ from ksm.errors import InvariantError
 _KSM_ZERO, _FIRST_FRAME = 2, 4
 _IN_STABLE, _IN_UNSTABLE = 1, 2
 _PLAIN, _DUP, _CHAIN, _MIGRATING = 1, 2, 3, 4
-_KSM, _FLAG, _NO_SLOT = 4, 0x8000_0000, 0xFFFF_FFFF
+_KSM, _CACHED, _FLAG, _NO_SLOT = 4, 32, 0x8000_0000, 0xFFFF_FFFF
 
 Dump = dict[str, Any]
 
@@ -130,7 +130,8 @@ def _nodes(dump: Dump) -> None:
                 listed, before, at = listed + 1, at, slots[at][9]
             if listed != count or (count and at != _NO_SLOT):
                 _fail("node-count", f"node {id} counts {count} items, its list has {listed}")
-            mapped = frames[frame][1] > 0 and frames[frame][5] & _KSM
+            # a frame that swap has cached is in RAM, whether or not a slot maps it
+            mapped = (frames[frame][1] > 0 or frames[frame][5] & _CACHED) and frames[frame][5] & _KSM
             if bool(is_stale) == bool(mapped):
                 _fail("stale", f"node {id}, frame {frame}: stale is {is_stale}, mapped is {bool(mapped)}")
             stale += is_stale

@@ -6,12 +6,16 @@ import errno
 import math
 import threading
 import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ksm._core import Engine, FramesExhausted
 from ksm.constants import RMAP_ITEM_BYTES
 from ksm.errors import OutOfMemoryError, kernel_error
 from ksm.sysfs import Profile
+
+Marked = Mapping[int, Sequence[tuple[int, int, int]]]
+"""The mergeable ranges of each address space: first page, pages, NUMA node."""
 
 _NS = 1_000_000_000
 _UNLIMITED = 1 << 62  # a batch this long ends with its pass
@@ -70,8 +74,9 @@ class Ksmd:
     0
     """
 
-    def __init__(self, engine: Engine, lock: threading.RLock, kernel: Profile) -> None:
+    def __init__(self, engine: Engine, lock: threading.RLock, kernel: Profile, marked: Callable[[], Marked]) -> None:
         self._engine = engine
+        self._marked = marked
         self._lock = lock
         self._kernel = kernel
         self._values = {a.name: a.default for a in kernel.attributes.values() if a.writable}
@@ -281,7 +286,7 @@ class Ksmd:
 
     def _unmerge_all(self) -> None:
         try:
-            self._engine.unmerge_all()
+            self._engine.unmerge_all(self._marked())
         except FramesExhausted:
             self._values["run"] = 0
             raise OutOfMemoryError(

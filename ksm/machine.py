@@ -134,8 +134,15 @@ class Machine:
         )
         self._processes: dict[str, Process] = {}
         self._next_pid = 1
-        self.ksmd = Ksmd(self._engine, self._lock, self.kernel)
+        self.ksmd = Ksmd(self._engine, self._lock, self.kernel, self._marked)
         self.ksm: Sysfs = StateSysfs(self.ksmd, self.kernel, page_size, self._lock)
+
+    def _marked(self) -> dict[int, list[tuple[int, int, int]]]:
+        """The mergeable ranges of every process: first page, pages, NUMA node."""
+        return {
+            process._mm: [(vma.start, vma.end - vma.start, vma.node) for vma in process._vmas if vma.mergeable]
+            for process in self._processes.values()
+        }
 
     def spawn(self, name: str | None = None) -> Process:
         """Start a process with an empty address space; names are unique among the living.
@@ -335,9 +342,7 @@ class Process:
     def _image_blocks(self, image: Any) -> Iterable[tuple[int, Any, Any]]:
         """(first page, contents, present flags) of an image, in the form that the engine borrows."""
         if isinstance(image, Fingerprints):
-            if not self._engine.fingerprints_only:
-                zero = fingerprint(np.zeros((1, self._page), np.uint8), threads=1)
-                self._engine.use_fingerprints(int(zero.words[0, 0]), int(zero.words[0, 1]))
+            self._use_fingerprints()
             yield 0, _rows(image.words), _flags(image.present, len(image))
             return
         if hasattr(image, "blocks"):
@@ -348,6 +353,12 @@ class Process:
             return
         pages = as_pages(image, self._page)
         yield 0, self._contents(pages), _flags(None, len(pages))
+
+    def _use_fingerprints(self) -> None:
+        """Make the machine one of fingerprints, if it is not yet."""
+        if not self._engine.fingerprints_only:
+            zero = fingerprint(np.zeros((1, self._page), np.uint8), threads=1)
+            self._engine.use_fingerprints(int(zero.words[0, 0]), int(zero.words[0, 1]))
 
     def _contents(self, pages: Any) -> Any:
         """Page bytes as the engine wants them; fingerprints of them on a machine made of fingerprints."""
@@ -409,9 +420,14 @@ class Process:
             self._require_alive()
             vma, start, n_old, n_new = self._mremap_arguments(addr, old, new, flags, new_addr)
             # Since 6.17 a move of unchanged size takes all the mappings in the range, and leaves out the holes.
-            many = self.machine.kernel.number >= (6, 17) and flags & MREMAP_FIXED and n_old == n_new
+            # Before, what lies at the target or beyond the new size is gone even if the move is refused then.
+            recent = self.machine.kernel.number >= (6, 17)
+            many = recent and flags & MREMAP_FIXED and n_old == n_new
             moves = bool(flags & (MREMAP_FIXED | MREMAP_DONTUNMAP))
             kept = min(n_old, n_new)
+            if flags & MREMAP_FIXED and not recent:
+                self._unmap(self._mremap_target(new_addr, n_new, flags), n_new)
+                self._unmap(start + kept, n_old - kept)
             if start + kept > vma.end and (moves or n_new > n_old) and not many:
                 raise kernel_error(errno.EFAULT, f"mremap: {addr:#x} and {old} bytes span several mappings")
             if n_new < n_old:
@@ -478,7 +494,7 @@ class Process:
             size = high - low + (n_new - n_old if high == start + n_old else 0)
             self._unmap(place, size)
             if vma.mergeable:
-                self._unmerge(low, high - low, "moving")
+                self._unmerge(vma, low, high - low, "moving")
             self._engine.move(self._mm, low, place, high - low, vma.mergeable)
             if not flags & MREMAP_DONTUNMAP:
                 self._remove(low, high)
@@ -490,12 +506,17 @@ class Process:
 
     # ---- access --------------------------------------------------------------------------------
 
-    def write(self, addr: int, data: bytes | bytearray | memoryview) -> None:
+    def write(self, addr: int, data: bytes | bytearray | memoryview | Fingerprints) -> None:
         """Write bytes, page by page; a KSM frame or one shared by fork is copied first.
+
+        Fingerprints stand for whole pages, of which those not present stay as they are. They go to a machine that
+        was made of fingerprints, or holds no page yet.
 
         Raises:
             OSError: EFAULT where nothing is mapped or the protection forbids it; the pages before are written.
-            NoPageBytesError: the machine was built from fingerprints.
+                EINVAL for fingerprints at an unaligned address.
+            NoPageBytesError: the machine was built from fingerprints, and data are bytes.
+            ValueError: the machine holds bytes, and data are fingerprints.
 
         >>> p = Machine().spawn()
         >>> a = p.mmap(4096)
@@ -503,6 +524,9 @@ class Process:
         >>> p.read(a, 4)
         b'abc\\x00'
         """
+        if isinstance(data, Fingerprints):
+            self._overwrite(addr, data)
+            return
         view = memoryview(data).cast("B")
         with self._lock:
             self._require_alive()
@@ -520,6 +544,27 @@ class Process:
 
                 self.machine._needs_frames(f"writing to {self.name}", work)
                 done += len(part)
+
+    def _overwrite(self, addr: int, prints: Fingerprints) -> None:
+        rows, present = _rows(prints.words), _flags(prints.present, len(prints))
+        with self._lock:
+            self._require_alive()
+            start = self._aligned(addr, "write")
+            self._use_fingerprints()
+            done = 0
+            while done < len(rows):
+                vma = self._accessible(start + done, PROT_WRITE)
+                if not vma.family:
+                    self._vmas.found_family(vma)
+                    vma = self._vmas.at(start + done) or vma
+                part = slice(done, min(len(rows), vma.end - start))
+
+                def work(at: int = start + done, part: slice = part, vma: Vma = vma) -> None:
+                    there = present[part]
+                    self._engine.overwrite(self._mm, at, rows[part], there, vma.mergeable, vma.node, at - vma.moved)
+
+                self.machine._needs_frames(f"writing to {self.name}", work)
+                done = part.stop
 
     def read(self, addr: int, n: int) -> bytes:
         """Read n bytes; untouched pages map the shared zero page, swapped ones come back.
@@ -606,7 +651,7 @@ class Process:
                 self._engine.register(self._mm)
         elif advice == MADV_UNMERGEABLE:
             if vma.mergeable:
-                self._unmerge(start, n, "unmerging")
+                self._unmerge(vma, start, n, "unmerging")
                 self._mark(start, n, False)
         elif advice == MADV_DONTNEED:
             self._engine.discard(self._mm, start, n)
@@ -672,7 +717,7 @@ class Process:
             return
         for vma in self._vmas:
             if vma.mergeable:
-                self._unmerge(vma.start, vma.end - vma.start, "unmerging")
+                self._unmerge(vma, vma.start, vma.end - vma.start, "unmerging")
                 self._engine.mark(self._mm, vma.start, vma.end - vma.start, False)
         self._vmas.change_all(mergeable=False)
         self._note_marks()
@@ -811,8 +856,8 @@ class Process:
         self._engine.unmap(self._mm, start, n)
         self._remove(start, start + n)
 
-    def _unmerge(self, start: int, n: int, what: str) -> None:
-        self.machine._needs_frames(f"{what} {self.name}", lambda: self._engine.unmerge(self._mm, start, n))
+    def _unmerge(self, vma: Vma, start: int, n: int, what: str) -> None:
+        self.machine._needs_frames(f"{what} {self.name}", lambda: self._engine.unmerge(self._mm, start, n, vma.node))
 
     def __repr__(self) -> str:
         return f"<ksm.Process {self.name!r} {'alive' if self._alive else 'exited'}>"

@@ -217,6 +217,7 @@ def variants() -> list[Variant]:
         {"swap": True},
         {"nodes": 2},
         {"nodes": 3},
+        {"nodes": 3, "swap": True},
         {"ram": 30},
         *({"kernel": kernel} for kernel in ("5.15", "6.1", "6.6", "6.8", "6.12")),
     ]

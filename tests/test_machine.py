@@ -281,6 +281,40 @@ def test_fingerprints_alone_run_the_same_engine(index: str) -> None:
         p.write(a, b"x")
 
 
+@BOTH
+def test_fingerprints_are_written_like_bytes(index: str) -> None:
+    rng = random.Random(2)
+    machines = [machine(index=index) for _ in range(2)]
+    for m in machines:
+        p = m.spawn()
+        a = p.mmap(60 * PAGE, addr=1 << 30)
+        p.madvise(a, 60 * PAGE, ksm.MADV_MERGEABLE)
+        p.madvise(a + 20 * PAGE, 10 * PAGE, ksm.MADV_UNMERGEABLE)
+    for _ in range(20):
+        start, n = rng.randrange(50), rng.randrange(1, 10)
+        data = b"".join(page(rng.randrange(6)) for _ in range(n))
+        written = [rng.random() < 0.7 for _ in range(n)]
+        prints = ksm.Fingerprints(ksm.fingerprint(np.frombuffer(data, np.uint8)).words, np.array(written))
+        for k in range(n):
+            if written[k]:
+                there = (1 << 30) + (start + k) * PAGE
+                machines[0].processes["process-1"].write(there, data[k * PAGE : (k + 1) * PAGE])
+        machines[1].processes["process-1"].write((1 << 30) + start * PAGE, prints)
+        for m in machines:
+            m.ksmd.scan_pages(17)
+            m.ksmd.scan()
+            m.check()
+        assert machines[0].ksm.snapshot() == machines[1].ksm.snapshot()
+        assert machines[0].vmstat == machines[1].vmstat
+    assert machines[0].vmstat["cow_ksm"] > 5
+    with pytest.raises(OSError, match="write"):
+        machines[1].processes["process-1"].write(1, prints)
+    with pytest.raises(OSError, match="mapped"):
+        machines[1].processes["process-1"].write(0, prints)
+    with pytest.raises(ValueError, match="bytes"):
+        machines[0].processes["process-1"].write(1 << 30, prints)
+
+
 def test_absent_slots_of_fingerprints_stay_untouched() -> None:
     words = ksm.fingerprint(np.frombuffer(page(1) * 3, np.uint8)).words
     m = machine()

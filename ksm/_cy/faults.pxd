@@ -5,7 +5,7 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport malloc
 from libc.string cimport memcpy
 
-from ksm._cy.frames cimport find_slot, frame_copy, frame_unmap, has_room, set_slot, slot_frame, swap_drop
+from ksm._cy.frames cimport find_slot, frame_copy, frame_gone, frame_unmap, has_room, set_slot, slot_frame, swap_drop
 from ksm._cy.slots cimport next_mapper, vacate
 from ksm._cy.store cimport Store, NO_MEMORY, NO_FRAME, NO_SLOT
 from ksm._cy.types cimport (
@@ -102,19 +102,19 @@ cdef inline bint swap_out(Store *m, uint32_t slot) noexcept nogil:
     set_slot(m, slot, f, False)
     frame_unmap(m, f)
     if frame.mappers == 0:
-        frame.flags &= ~CACHED
+        frame_gone(m, f)
     return True
 
 
-cdef inline int unmerge_block(Store *m, uint32_t id, uint64_t mask) noexcept nogil:
-    """Private copies for the KSM frames and KSM-placed zero pages of a block's slots in mask."""
+cdef inline int unmerge_block(Store *m, uint32_t id, uint64_t mask, uint8_t nid) noexcept nogil:
+    """Private copies, on node nid, for the KSM frames and KSM-placed zero pages of a block's slots in mask."""
     cdef Block *b = m.blocks[id]
     cdef uint32_t i, f
     cdef int done
     for i in range(SLOTS):
         f = b.frame[i]
         if (mask >> i) & 1 and (f == KSM_ZERO or ((b.anon >> i) & 1 and m.frames[f].flags & KSM)):
-            done = own_frame(m, id << 6 | i, m.frames[f].nid if f >= FIRST_FRAME else 0, 0)
+            done = own_frame(m, id << 6 | i, nid, 0)
             if done < 0:
                 return done
     return 0
@@ -144,13 +144,14 @@ cdef inline int evict(Store *m, uint32_t slot) noexcept nogil:
     cdef uint64_t vpn = m.blocks[slot >> 6].vpn + (slot & 63), born = 0
     cdef uint64_t home = vpn & 0xffffffff00000000u | m.frames[f].home
     cdef int gone = 0
-    if m.frames[f].flags & DIRTY:
-        m.frames[f].flags &= ~LAZY
+    if m.frames[f].flags & DIRTY and m.frames[f].flags & LAZY:
+        m.frames[f].flags &= ~LAZY      # kept after all, until reclaim comes by again
+        return 0
     if not m.frames[f].flags & LAZY:
         if m.frames[f].flags & KSM and not found_by_reclaim(m, slot):
             return 0
         gone = swap_out(m, slot)
-        if m.frames[f].mappers and m.frames[f].flags & KSM:
+        if gone and m.frames[f].mappers and m.frames[f].flags & KSM:
             m.frames[f].flags |= CACHED
         return gone
     if m.frames[f].flags & KSM:      # its slots lie anywhere, and are all clean

@@ -7,7 +7,7 @@ from libc.string cimport memcmp, memcpy, memset
 
 from ksm._cy.page cimport page_compare
 from ksm._cy.rbtree cimport VALUE_FLAG, Node
-from ksm._cy.store cimport Store, FINGERPRINT_BYTES, NO_SLOT, grow, bit_length64
+from ksm._cy.store cimport Store, FINGERPRINT_BYTES, NO_HOME, NO_SLOT, grow, bit_length64
 from ksm._cy.types cimport CACHED, FIRST_FRAME, HASHED, KSM, NOTHING, OWNED, SLOTS, Block, Frame, Space
 from ksm._cy.xxh3 cimport xxh3_128_best
 
@@ -78,7 +78,8 @@ cdef inline uint32_t frame_new(Store *m, const uint8_t *data, uint8_t flags, uin
     frame.flags = flags
     frame.nid = nid
     frame.mappers = 1
-    frame.swapped = frame.pins = frame.node = frame.home = 0
+    frame.swapped = frame.pins = frame.node = 0
+    frame.home = NO_HOME
     m.resident += 1
     return f
 
@@ -119,18 +120,24 @@ cdef inline void frame_unpin(Store *m, uint32_t f) noexcept nogil:
 
 
 cdef inline void frame_unmap(Store *m, uint32_t f) noexcept nogil:
-    """One mapper less; without any the frame is not resident, no longer KSM, and its stable node stale."""
-    cdef Frame *frame = &m.frames[f]
-    frame.mappers -= 1
-    if frame.mappers:
+    """One mapper less; without any the frame is not counted as resident, though swap may have it cached still."""
+    m.frames[f].mappers -= 1
+    if m.frames[f].mappers:
         return
     m.resident -= 1
-    if frame.flags & KSM:
-        frame.flags &= ~KSM
-        if frame.node:
-            m.stable[frame.node].stale = 1
-            m.stale += 1
+    if not m.frames[f].flags & CACHED:
+        frame_gone(m, f)
     frame_release(m, f)
+
+
+cdef inline void frame_gone(Store *m, uint32_t f) noexcept nogil:
+    """The frame, which no slot maps, leaves RAM: it is no longer KSM, and its stable node is stale."""
+    m.frames[f].flags &= ~CACHED
+    if m.frames[f].flags & KSM:
+        m.frames[f].flags &= ~KSM
+        if m.frames[f].node:
+            m.stable[m.frames[f].node].stale = 1
+            m.stale += 1
 
 
 cdef inline uint32_t slot_frame(Store *m, uint32_t slot) noexcept nogil:
@@ -227,7 +234,7 @@ cdef inline void set_slot(Store *m, uint32_t slot, uint32_t frame, bint anon) no
     cdef uint64_t bit = <uint64_t>1 << i
     b.used += (frame != NOTHING) - (b.frame[i] != NOTHING)
     b.frame[i] = frame
-    if frame >= FIRST_FRAME and m.frames[frame].home == 0:
+    if frame >= FIRST_FRAME and m.frames[frame].home == NO_HOME:
         m.frames[frame].home = <uint32_t>(b.vpn + i)
     b.anon = b.anon | bit if anon else b.anon & ~bit
     b.settled &= ~bit
@@ -246,4 +253,6 @@ cdef inline void swap_drop(Store *m, uint32_t f) noexcept nogil:
     if m.frames[f].swapped == 0:
         m.frames[f].flags &= ~CACHED
         m.swapped_pages -= 1
+        if m.frames[f].mappers == 0:
+            frame_gone(m, f)
     frame_release(m, f)

@@ -38,6 +38,7 @@ cdef inline void remap(Store *m, uint32_t slot, uint32_t frame) noexcept nogil:
     touch_unstable(m, slot)
     if not (m.blocks[slot >> 6].clean >> (slot & 63)) & 1:
         m.frames[old].flags |= DIRTY
+    m.resident += m.frames[frame].mappers == 0      # swap had it cached
     m.frames[frame].mappers += 1
     set_slot(m, slot, frame, True)
     m.blocks[slot >> 6].clean |= <uint64_t>1 << (slot & 63)

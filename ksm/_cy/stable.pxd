@@ -14,7 +14,7 @@ from ksm._cy.page cimport prefix_key
 from ksm._cy.rbtree cimport rb_erase, rb_insert
 from ksm._cy.store cimport Store, CHAIN_END, NO_SLOT, bit_length64
 from ksm._cy.table cimport table_next, table_put, table_remove, table_start
-from ksm._cy.types cimport CHAIN, DUP, FREE_NODE, IN_NONE, IN_STABLE, MIGRATING, PLAIN, Block, StableNode
+from ksm._cy.types cimport CHAIN, DUP, FREE_NODE, IN_NONE, IN_STABLE, KSM, MIGRATING, PLAIN, Block, StableNode
 
 
 cdef inline void hang(Store *m, uint32_t slot, uint32_t n) noexcept nogil:
@@ -193,6 +193,8 @@ cdef inline void drop_node(Store *m, uint32_t n) noexcept nogil:
     detach_node(m, n)
     m.stale -= m.stable[n].stale
     m.frames[frame].node = 0
+    if m.frames[frame].mappers == 0:    # swap may have it cached still
+        m.frames[frame].flags &= ~KSM
     frame_unpin(m, frame)
     free_stable_node(m, n)
 
@@ -264,9 +266,9 @@ cdef inline uint32_t stable_lookup(Store *m, uint32_t f, uint8_t nid) noexcept n
             return place
 
 
-cdef inline uint32_t stable_walk(Store *m, uint32_t f, uint8_t nid, bint prune,
+cdef inline uint32_t stable_walk(Store *m, uint32_t f, uint8_t nid, bint prune, uint32_t *chosen,
                                  uint32_t *parent, bint *left) noexcept nogil:
-    """The tree place with f's content, by walking; 0: none, and where a new one would hang.
+    """The tree place with f's content, by walking, and what `choose` chose there; 0: none, and where it would hang.
 
     Everything on the path is walked as a match would be: stale nodes go, chains collapse or reorder.
     """
@@ -289,6 +291,7 @@ cdef inline uint32_t stable_walk(Store *m, uint32_t f, uint8_t nid, bint prune,
                     break
             order = compare_at(m, prefix, data, &m.places[place], place_content(m, place))
             if order == 0:
+                chosen[0] = choose(m, m.places[place].value, prune) if quiet else n
                 return place
             parent[0] = place
             left[0] = order < 0
@@ -320,31 +323,40 @@ cdef inline void build_stable(Store *m) noexcept nogil:
     m.pending_count = 0
 
 
+cdef inline bint misplaced(Store *m, uint32_t n) noexcept nogil:
+    """Whether the stable node's frame has gone to another NUMA node than that of its tree."""
+    return not m.merge_across_nodes and m.frames[m.stable[n].frame].nid != m.stable[n].nid
+
+
 cdef inline uint32_t stable_search(Store *m, uint32_t f, uint8_t nid) noexcept nogil:
     """Visit's search: the stable node that can take an item with f's content; 0: none."""
-    cdef uint32_t place, parent, n
+    cdef uint32_t place, parent, n = 0
     cdef bint left
-    m.levels += bit_length64(m.stable_sizes[nid])
+    m.searches[bit_length64(m.stable_sizes[nid])] += 1
     if stable_clean(m):
         place = stable_lookup(m, f, nid)
+        if place:
+            n = choose(m, m.places[place].value, True)
     else:
-        place = stable_walk(m, f, nid, True, &parent, &left)
-    if place == 0:
+        stable_walk(m, f, nid, True, &n, &parent, &left)
+    if n == 0 or not candidate(m, n, 0):
         return 0
-    n = choose(m, m.places[place].value, True)
-    return n if n and candidate(m, n, 0) else 0
+    if misplaced(m, n):
+        start_migrating(m, n)
+        return 0
+    return n
 
 
 cdef inline uint32_t stable_insert(Store *m, uint32_t f, uint8_t nid) noexcept nogil:
     """Make a stable node for the KSM frame f; the same content in the tree makes it a dup."""
-    cdef uint32_t n = new_stable(m, PLAIN, nid, frame_hash(m, f)), place, parent = 0
+    cdef uint32_t n = new_stable(m, PLAIN, nid, frame_hash(m, f)), place, chosen, parent = 0
     cdef bint left = False, clean
-    m.levels += bit_length64(m.stable_sizes[nid])
+    m.searches[bit_length64(m.stable_sizes[nid])] += 1
     clean = stable_clean(m)
     if clean:
         place = stable_lookup(m, f, nid)
     else:
-        place = stable_walk(m, f, nid, False, &parent, &left)
+        place = stable_walk(m, f, nid, False, &chosen, &parent, &left)
     m.stable[n].frame = f
     m.frames[f].node = n
     m.frames[f].pins += 1
@@ -395,9 +407,14 @@ cdef inline void add_place(Store *m, uint32_t n, bint later, uint32_t parent, bi
 
 
 cdef inline void start_migrating(Store *m, uint32_t n) noexcept nogil:
-    """Take a stable node out of its tree; it is placed anew by the visit under way."""
-    cdef StableNode *node = &m.stable[n]
+    """Take a stable node out of its tree; it waits until a slot that maps its frame is visited."""
     detach_node(m, n)
+    wait(m, n)
+
+
+cdef inline void wait(Store *m, uint32_t n) noexcept nogil:
+    """Put a node that stands nowhere on the list of those to be placed anew."""
+    cdef StableNode *node = &m.stable[n]
     node.kind = MIGRATING
     node.prev = 0
     node.next = m.migrating_first
@@ -407,27 +424,42 @@ cdef inline void start_migrating(Store *m, uint32_t n) noexcept nogil:
     m.migrating += 1
 
 
-cdef inline uint32_t place_migrating(Store *m, uint32_t slot, uint32_t n, uint8_t nid) noexcept nogil:
-    """Put a migrating node into the tree of nid, or find the node to merge its slot with instead; 0: neither."""
-    cdef uint32_t f = m.stable[n].frame, parent = 0, place, other
-    cdef bint left = False
-    m.levels += bit_length64(m.stable_sizes[nid])
-    place = stable_walk(m, f, nid, True, &parent, &left)
-    if place:
-        other = choose(m, m.places[place].value, True)
-        if m.frames[f].mappers == 1:
-            if not candidate(m, other, 0):
-                return 0
-            if m.frames[m.stable[other].frame].nid == nid:
-                return other
+cdef inline uint32_t place_migrating(Store *m, uint32_t n, uint8_t nid) noexcept nogil:
+    """Place the waiting node of a visited slot in the tree of nid.
+
+    The node that the slot belongs to from now on: n, or one to merge with; 0: none, the search goes on elsewhere.
+    """
+    cdef uint32_t f = m.stable[n].frame, parent = 0, place, other = 0
+    cdef bint left = False, lonely = m.frames[f].mappers == 1
+    m.searches[bit_length64(m.stable_sizes[nid])] += 1
+    place = stable_walk(m, f, nid, True, &other, &parent, &left)
+    if place and lonely:
+        if not candidate(m, other, 0):
+            return 0
+        if not misplaced(m, other):
+            return other
     detach_node(m, n)
     m.stable[n].nid = nid
     m.stable[n].kind = PLAIN
-    if place:
+    if place and lonely:
+        take_place(m, n, other)
+    elif place:
         add_dup(m, n, place)
     else:
         add_place(m, n, False, parent, left)
     return n if candidate(m, n, 0) else 0
+
+
+cdef inline void take_place(Store *m, uint32_t n, uint32_t other) noexcept nogil:
+    """n stands where `other` stood, which has left this NUMA node in its turn and waits."""
+    cdef uint32_t owner = m.stable[other].owner
+    if m.stable[other].kind == DUP:
+        leave_chain(m, other)
+        enter_chain(m, n, owner)
+    else:
+        m.stable[n].owner = owner
+        m.places[owner].value = n
+    wait(m, other)
 
 
 cdef inline void note_due_chains(Store *m) noexcept nogil:
@@ -447,13 +479,13 @@ cdef inline int remove_node(Store *m, uint32_t n) noexcept nogil:
     """Sweep one tree place: 1 if a frame of it is still mapped."""
     cdef uint32_t dup
     if m.stable[n].kind != CHAIN:
-        if not m.stable[n].stale:
+        if m.frames[m.stable[n].frame].mappers:
             return 1
         drop_node(m, n)
         return 0
     while m.stable[n].count:
         dup = m.stable[n].first
-        if not m.stable[dup].stale:
+        if m.frames[m.stable[dup].frame].mappers:
             return 1
         drop_node(m, dup)
     build_stable(m)

@@ -28,6 +28,7 @@ cdef enum:
     FINGERPRINT_BYTES = 16
     CHAIN_END = 0
     NO_SLOT = 0xffffffff
+    NO_HOME = 0xffffffff
     # What an unstable search comes to when it does not find a slot.
     SEARCH_GIVEN_UP = 0xfffffffe    # no match, and the item has not joined
     NOT_FOUND = 0xffffffff          # no match; the item has joined
@@ -60,7 +61,8 @@ ctypedef struct Store:
     uint64_t full_scans, pages_scanned, pages_skipped, cow_ksm, ksm_swpin_copy
 
     # What a ksmd at work would have paid, for the cost model; and what this engine compared.
-    uint64_t hashed, levels, merges, already, comparisons, bytes_compared
+    uint64_t hashed, merges, already, comparisons, bytes_compared
+    uint64_t searches[65]       # by the depth of the tree searched: the bits of its size
 
     uint64_t resident, swapped_pages
     uint64_t max_resident, max_swapped

@@ -6,7 +6,7 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from ksm._cy.frames cimport frame_hash, frame_unmap, frame_unpin, is_zero, set_slot, slot_frame
 from ksm._cy.rbtree cimport Node
 from ksm._cy.slots cimport leave_tree, one_huge_page, remap, split_huge
-from ksm._cy.stable cimport hang, place_migrating, stable_insert, stable_search, start_migrating
+from ksm._cy.stable cimport drop_node, hang, misplaced, place_migrating, stable_insert, stable_search, start_migrating
 from ksm._cy.store cimport Store, Erased, NO_MEMORY, SEARCH_GIVEN_UP, NOT_FOUND, grow
 from ksm._cy.table cimport table_reserve
 from ksm._cy.types cimport DIRTY, FIRST_FRAME, IN_STABLE, KSM, KSM_ZERO, ZERO_PAGE, MIGRATING, Block, StableNode
@@ -73,49 +73,59 @@ cdef inline void visit(Store *m, uint32_t slot) noexcept nogil:
 
 cdef inline void visit_frame(Store *m, uint32_t slot, uint32_t f, uint8_t nid) noexcept nogil:
     """A visit to a slot that maps an ordinary frame, pinned by the caller: it may be merged away meanwhile."""
-    cdef Block *b = m.blocks[slot >> 6]
-    cdef uint32_t i = slot & 63, n = 0, sum
+    cdef uint32_t n
     if m.gate_first:
         leave_tree(m, slot)
+        if not pass_gate(m, slot, f):
+            return
+        n = stable_search(m, f, nid)
     else:
         n = stable_search(m, f, nid)
         leave_tree(m, slot)
-        if n:
-            merge_with(m, slot, n)
+        if n == 0 and not pass_gate(m, slot, f):
             return
+    if n:
+        merge_with(m, slot, n)
+    else:
+        find_partner(m, slot, f, nid)
+
+
+cdef inline bint pass_gate(Store *m, uint32_t slot, uint32_t f) noexcept nogil:
+    """Whether the visit goes on: the page holds what it held last time, and it is no page of zeros to give up."""
+    cdef Block *b = m.blocks[slot >> 6]
+    cdef uint32_t i = slot & 63, sum = <uint32_t>(frame_hash(m, f) >> 32)
     m.hashed += 1
-    sum = <uint32_t>(frame_hash(m, f) >> 32)
     if b.checksum[i] != sum:
         b.checksum[i] = sum
-        return
+        return False
     if m.use_zero_pages and is_zero(m, f):
         if split_huge(m, slot):
             merge_with_zero(m, slot)
-            return
+            return False
         # The split gave the page back under ksmd's hands, which goes on searching with what it held.
         build_unstable(m)
         m.unstable_changed = True
-    if m.gate_first:
-        n = stable_search(m, f, nid)
-        if n:
-            merge_with(m, slot, n)
-            return
-    n = unstable_search(m, slot, f, nid)
+    return True
+
+
+cdef inline void find_partner(Store *m, uint32_t slot, uint32_t f, uint8_t nid) noexcept nogil:
+    """Merge with a page of the unstable tree, or join it."""
+    cdef uint32_t n = unstable_search(m, slot, f, nid)
     if n < SEARCH_GIVEN_UP:
         merge_two(m, slot, n, nid)
-    elif n == NOT_FOUND and slot_frame(m, slot) != f:
-        touch_unstable(m, slot)
+    elif n == NOT_FOUND and (slot_frame(m, slot) != f or m.frames[f].flags & KSM):
+        touch_unstable(m, slot)     # what stands there is not what the table takes it for
 
 
 cdef inline void visit_ksm(Store *m, uint32_t slot, uint32_t f, uint8_t nid) noexcept nogil:
     """A visit to a slot that maps a KSM frame: hang its item on the frame's node, even a full one."""
     cdef Block *b = m.blocks[slot >> 6]
     cdef uint32_t i = slot & 63, n = m.frames[f].node
-    if not m.merge_across_nodes and m.stable[n].kind != MIGRATING and m.stable[n].nid != nid:
+    if m.stable[n].kind != MIGRATING and misplaced(m, n):
         start_migrating(m, n)
     if m.stable[n].kind == MIGRATING:
-        n = place_migrating(m, slot, n, nid)
-    if b.state[i] == IN_STABLE and b.link[i] == n:
+        n = place_migrating(m, n, nid)
+    if n and b.state[i] == IN_STABLE and b.link[i] == n:
         m.already += 1
         return
     leave_tree(m, slot)
@@ -124,6 +134,8 @@ cdef inline void visit_ksm(Store *m, uint32_t slot, uint32_t f, uint8_t nid) noe
             remap(m, slot, m.stable[n].frame)
         m.merges += 1
         hang(m, slot, n)
+    elif m.gate_first or pass_gate(m, slot, f):
+        find_partner(m, slot, f, nid)
 
 
 cdef inline void merge_with(Store *m, uint32_t slot, uint32_t n) noexcept nogil:
@@ -164,6 +176,8 @@ cdef inline void merge_two(Store *m, uint32_t slot, uint32_t other, uint8_t nid)
         build_unstable(m)
         m.unstable_changed = m.check_all = True
     leave_tree(m, other)
+    if m.frames[f].node:        # a KSM frame whose own node was full
+        drop_node(m, m.frames[f].node)
     m.frames[f].flags |= KSM | DIRTY
     m.blocks[slot >> 6].clean |= <uint64_t>1 << (slot & 63)
     remap(m, other, f)

@@ -522,19 +522,20 @@ class Ksm:
         while outcome is None:
             outcome = self.walk_stable(frame.content, nid, visit=True)
         entry, _, chosen, parent, left = outcome
-        if chosen is not None and self.misplaced(chosen):
-            # the frame found has left this NUMA node in its turn: it gives up its place, and waits
-            self.take_place(node, nid, chosen)
-        elif chosen is not None and len(frame.mappers) == 1:
+        lonely = entry is not None and len(frame.mappers) == 1
+        if lonely and chosen is not None and not self.misplaced(chosen):
             # nobody else maps the frame met: its slot merges like any other
             self.leave_tree(item)
             self.merge(item, frame, chosen)
             return
-        else:
+        if lonely and chosen is not None:
+            # the frame found has left this NUMA node in its turn: it gives up its place, and waits
+            self.take_place(node, nid, chosen)
+        elif not lonely:
             self.waiting.remove(node)
             node.nid = nid
             self.put_stable(node, entry, parent, left)
-        if self.full(node):
+        if (lonely and chosen is None) or self.full(node):
             # a full node does not count as found, not even for an item that hangs on it
             self.leave_tree(item)
             if not self.old_order or not (self.changed(item, frame) or self.place_zero_page(item, frame)):
