@@ -218,6 +218,7 @@ class Host:
         self.lock_path = Path(lock_path)
         self._lock = threading.RLock()
         self._depth = 0
+        self._ksmd: int | None = None  # its pid, once it was found: it never ends
 
     @property
     def ksm(self) -> Sysfs:
@@ -312,10 +313,11 @@ class Host:
         >>> Host(proc="/nonexistent").ksmd_pid() is None
         True
         """
-        for pid in self._pids():
+        for pid in self._pids() if self._ksmd is None else [self._ksmd]:
             with contextlib.suppress(OSError):
                 stat = (self.proc / str(pid) / "stat").read_text()
                 if "(ksmd)" in stat and stat.rpartition(")")[2].split()[1] == "2":  # a child of kthreadd
+                    self._ksmd = pid
                     return pid
         return None
 

@@ -214,6 +214,18 @@ class Machine:
         """
         return self._engine.resident
 
+    @property
+    def swapped(self) -> int:
+        """Pages in swap; one that several slots share counts once.
+
+        >>> m = Machine(swap=1 << 20)
+        >>> _ = m.spawn().mmap(b"x" * 8192)
+        >>> _ = m.reclaim()
+        >>> m.swapped, m.frames
+        (2, 0)
+        """
+        return self._engine.swapped_pages
+
     def reclaim(self) -> int:
         """Move everything that can go to swap, and drop what MADV_FREE gave up; the number of pages that went.
 

@@ -22,7 +22,7 @@ CORE_SOURCE = ROOT / "ksm" / "_core.pyx"  # not there when a wheel is tested
 
 # A module imports only from the lines above its own; a package counts as one, and its modules import each other.
 LAYERS = [
-    {"errors", "constants"},
+    {"errors", "constants", "units"},
     {"_core"},  # knows buffers of bytes, and nothing of who made them
     {"pages"},  # drives the hash that _core holds
     {"keyed", "stats"},
@@ -30,7 +30,15 @@ LAYERS = [
     {"check", "ksmd", "stepper", "vmas"},
     {"machine"},  # holds its ksmd
     {"sources", "linux"},
+<<<<<<< HEAD
     {"estimate", "plan", "advise", "trace", "tune"},
+=======
+    {"census"},
+    {"observe"},
+    {"saved", "passes"},
+    {"rules"},
+    {"estimate", "plan", "advise", "trace"},
+>>>>>>> 2547e9d (ksm advise: observations of hosts and machines, and rules that explain them)
     {"ksm"},  # the public names
     {"fleet"},
     {"report"},

@@ -19,6 +19,7 @@ from ksm.errors import KsmError
 # name -> (module with an object of that name, what the list of commands says about it)
 _COMMANDS: Mapping[str, str] = MappingProxyType(
     {
+        "advise": "What KSM is doing on this host, and what to do about it.",
         "demo": "Show it at work on eight live processes, beside the kernel's own counters.",
         "estimate": "What KSM would save on these images or processes.",
         "record": "Record what memory holds over time, to replay it under any tunables.",
