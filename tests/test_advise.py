@@ -388,6 +388,11 @@ class Kernel:
         return by_rule(advise(self.host, seconds))
 
 
+def about(n: int) -> Any:
+    """ksmd passes a page over for this time when somebody else happens to hold it."""
+    return pytest.approx(n, abs=5)
+
+
 @pytest.fixture
 def kernel() -> Iterator[Kernel]:
     host = Host()
@@ -467,7 +472,7 @@ def test_kernel_no_duplicates_and_a_loss(kernel: Kernel) -> None:
     kernel.mark(random_pages(1000))
     kernel.passes()
     found = kernel.advice()
-    assert found["no_duplicates"].figures["pages_not_merged"] == 1000
+    assert found["no_duplicates"].figures["pages_not_merged"] == about(1000)
     assert found["negative_profit"].figures["profit"] == -64_000
     assert found["negative_profit"].figures["losers"] == [os.getpid()]
 
@@ -479,7 +484,7 @@ def test_kernel_waste_volatile_and_metadata(kernel: Kernel) -> None:
     area = kernel.mark(pages)
     kernel.passes()
     found = kernel.advice()
-    assert found["wasted_effort"].figures["pages_not_merged"] == 940
+    assert found["wasted_effort"].figures["pages_not_merged"] == about(940)
     assert found["metadata"].figures == {"metadata_bytes": 64_000, "saved_bytes": 30 * 4096, "rmap_items": 1000}
     assert found["saving"].figures["sharing_ratio"] == 1.0
     kernel.set(run=0)
@@ -489,7 +494,7 @@ def test_kernel_waste_volatile_and_metadata(kernel: Kernel) -> None:
     kernel.set(pages_to_scan=2000, sleep_millisecs=3_600_000, run=1)  # one batch, one pass
     while kernel.ksm.full_scans == scans:
         time.sleep(0.005)
-    assert kernel.advice(0.0)["volatile"].figures["pages_volatile"] == 500
+    assert kernel.advice(0.0)["volatile"].figures["pages_volatile"] == about(500)
 
 
 @drives_the_kernel

@@ -30,15 +30,11 @@ LAYERS = [
     {"check", "ksmd", "stepper", "vmas"},
     {"machine"},  # holds its ksmd
     {"sources", "linux"},
-<<<<<<< HEAD
-    {"estimate", "plan", "advise", "trace", "tune"},
-=======
     {"census"},
     {"observe"},
     {"saved", "passes"},
     {"rules"},
-    {"estimate", "plan", "advise", "trace"},
->>>>>>> 2547e9d (ksm advise: observations of hosts and machines, and rules that explain them)
+    {"estimate", "plan", "advise", "trace", "tune"},
     {"ksm"},  # the public names
     {"fleet"},
     {"report"},
