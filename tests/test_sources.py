@@ -71,7 +71,7 @@ def test_blocks_outlive_the_image(tmp_path: Path) -> None:
 
 
 def test_raw_file_of_several_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ksm.sources.raw._BLOCK_BYTES", 16 << 20)
+    monkeypatch.setattr("ksm.sources.stored._BLOCK_BYTES", 16 << 20)
     file = tmp_path / "guest.raw"
     pages = np.zeros((9000, PAGE), np.uint8)
     pages[:, 0] = np.arange(9000) % 251
@@ -199,11 +199,11 @@ def test_a_pipe_is_no_source_and_does_not_hang(tmp_path: Path) -> None:
         sources.open(tmp_path / "pipe")
 
 
-@pytest.mark.parametrize("head", [b"\x7fELF", b"EMiL\1\0\0\0", b"KDUMP   ", b"LibvirtQemudSave", b"\x28\xb5\x2f\xfd"])
+@pytest.mark.parametrize("head", [b"QFI\xfb", b"KDMV", b"DISKDUMP", b"PAGEDU64", b"\x89LZO\0\r\n\x1a\n"])
 def test_other_formats_are_not_taken_for_raw_pages(tmp_path: Path, head: bytes) -> None:
     file = tmp_path / "guest.raw"
     file.write_bytes(head.ljust(PAGE, b"\0"))
-    with pytest.raises(SourceError, match="only raw images"):
+    with pytest.raises(SourceError, match="cannot be read; `ksm formats` lists what can"):
         sources.open(file)
     assert RawImage(file).npages == 1  # whoever knows better can say so
 

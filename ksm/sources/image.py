@@ -37,6 +37,7 @@ class Image(ABC):
 
     Attributes:
         name: what to call it in answers, usually what was opened.
+        format: what kind of source it is, as `ksm formats` calls it.
         page_size: bytes a page.
         segments: the ranges of addresses that `blocks` takes its pages from, ascending.
         npages: pages that `blocks` yields as present.
@@ -53,6 +54,7 @@ class Image(ABC):
     """
 
     name: str
+    format: str = "array"
     page_size: int
     segments: tuple[Segment, ...]
     npages: int

@@ -78,6 +78,8 @@ class ProcessImage(Image):
     (True, True)
     """
 
+    format = "process"
+
     def __init__(self, pid: int | str, marked_only: bool = False) -> None:
         if sys.platform != "linux":
             raise UnsupportedError("live processes can be read on Linux only")
