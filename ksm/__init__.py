@@ -34,6 +34,7 @@ from ksm.constants import (
     PROT_READ,
     PROT_WRITE,
 )
+from ksm.cost import CostModel
 from ksm.errors import (
     DisagreementError,
     InvariantError,
@@ -48,7 +49,7 @@ from ksm.errors import (
     UnsupportedError,
 )
 from ksm.estimate import Estimate, estimate
-from ksm.ksmd import CostModel, Ksmd
+from ksm.ksmd import Ksmd
 from ksm.machine import Machine, Process
 from ksm.pages import Fingerprints, fingerprint
 from ksm.sources import Image, open

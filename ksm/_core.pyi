@@ -56,11 +56,14 @@ class Engine:
     def hashed(self) -> int:
         """Pages that a ksmd would have hashed."""
     @property
-    def searches(self) -> tuple[int, ...]:
-        """(65,) tree searches of a ksmd, by the depth of the tree: the bit length of its size."""
+    def stable_levels(self) -> int:
+        """Levels of stable trees that a ksmd would have descended, at log2 of a tree's size for each search."""
     @property
-    def levels(self) -> int:
-        """Tree levels that a ksmd would have descended, at log2 of a tree's size for each search."""
+    def unstable_levels(self) -> int:
+        """The same of unstable trees."""
+    @property
+    def deep_levels(self) -> int:
+        """Those of both that lie beyond the first 8 levels of their trees."""
     @property
     def merges(self) -> int: ...
     @property

@@ -41,7 +41,8 @@ from ksm._cy.page cimport page_is_zero
 from ksm._cy.rbtree cimport Node, rb_is_red, rb_parent
 from ksm._cy.slots cimport drop_all_items, split_huge, vacate
 from ksm._cy.stable cimport build_stable, in_table, remove_node
-from ksm._cy.store cimport Store, NO_MEMORY, NO_FRAME, FINGERPRINT_BYTES, NO_SLOT, grow, range_mask
+from ksm._cy.store cimport (
+    FINGERPRINT_BYTES, NEAR_LEVELS, NO_FRAME, NO_MEMORY, NO_SLOT, Store, grow, levels_beyond, range_mask)
 from ksm._cy.table cimport table_free
 from ksm._cy.types cimport (
     DIRTY, FIRST_FRAME, FREE_NODE, HUGE, HUGE_ZERO, KSM, KSM_ZERO, LAZY, NOTHING, OWNED, SLOTS, ZERO_PAGE,
@@ -267,17 +268,17 @@ cdef class Engine:
         return self.m.hashed
 
     @property
-    def searches(self):
-        cdef uint32_t depth
-        return tuple([self.m.searches[depth] for depth in range(65)])
+    def stable_levels(self):
+        return levels_beyond(self.m.stable_searches, 0)
 
     @property
-    def levels(self):
-        cdef uint32_t depth
-        cdef uint64_t levels = 0
-        for depth in range(65):
-            levels += depth * self.m.searches[depth]
-        return levels
+    def unstable_levels(self):
+        return levels_beyond(self.m.unstable_searches, 0)
+
+    @property
+    def deep_levels(self):
+        return (levels_beyond(self.m.stable_searches, NEAR_LEVELS)
+                + levels_beyond(self.m.unstable_searches, NEAR_LEVELS))
 
     @property
     def merges(self):

@@ -1,4 +1,4 @@
-"""ksmd: passes and batches, virtual time, what they cost, and the scan-time advisor."""
+"""ksmd: passes and batches, virtual time, and the scan-time advisor."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import math
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
 from ksm._core import Engine, FramesExhausted
 from ksm.constants import RMAP_ITEM_BYTES
+from ksm.cost import CostModel
 from ksm.errors import OutOfMemoryError, kernel_error
 from ksm.sysfs import Profile
 
@@ -24,42 +24,6 @@ _SLICE = 1 << 18  # visits between two looks for Ctrl-C
 # The outcomes of Engine.scan_batch.
 _PASS_ENDED = 1
 _IDLE = 2
-
-
-@dataclass(frozen=True, slots=True)
-class CostModel:
-    """What ksmd's work costs in CPU nanoseconds, and how it sleeps.
-
-    The defaults were measured on Linux 6.18 on an AMD EPYC virtual machine: a pass that only hashes does 1.0
-    million pages a second, a pass over merged pages 5.5, one over 1 million unique pages 0.16.
-
-    >>> CostModel().hash_ns
-    1000.0
-    """
-
-    hash_ns: float = 1000.0
-    """Visiting and hashing a page of 4 KiB."""
-    level_ns: float = 260.0
-    """One level of a tree search: a comparison of two pages."""
-    merge_ns: float = 700.0
-    """Mapping a merged frame in place of another."""
-    merged_ns: float = 180.0
-    """Visiting a page that is merged already."""
-    hz: int = 250
-    """Timer ticks a second: sleeps end on a tick."""
-
-    def nanoseconds(self, hashed: int, levels: int, merges: int, already: int, page_size: int = 4096) -> float:
-        """CPU time of so many hashes, tree levels, merges and visits to merged pages.
-
-        >>> CostModel().nanoseconds(1000, 0, 0, 0)
-        1000000.0
-        """
-        return (
-            hashed * self.hash_ns * (page_size / 4096)
-            + levels * self.level_ns
-            + merges * self.merge_ns
-            + already * self.merged_ns
-        )
 
 
 class Ksmd:
@@ -128,16 +92,21 @@ class Ksmd:
         """One batch of the engine, with its CPU time and the advisor's part in it."""
         engine = self._engine
         engine.tick = self._now * self.cost.hz // _NS
-        before = (engine.hashed, engine.levels, engine.merges, engine.already)
+        before = _work(engine)
         if not engine.in_pass:
             self._advisor.start(self._now, self._cpu)
         done: int = engine.scan_batch(pages)
+        work = (now - then for now, then in zip(_work(engine), before, strict=True))
+        hashed, levels, merges, already, stable, deep, skipped = work
         self._cpu += self.cost.nanoseconds(
-            engine.hashed - before[0],
-            engine.levels - before[1],
-            engine.merges - before[2],
-            engine.already - before[3],
+            hashed,
+            levels,
+            merges,
+            already,
             engine.page_size,
+            stable_levels=stable,
+            deep_levels=deep,
+            skipped=skipped,
         )
         if done == _PASS_ENDED and self._values.get("advisor_mode"):
             self._values["pages_to_scan"] = self._advisor.stop(self._now, self._cpu, self._values)
@@ -301,6 +270,19 @@ _ENGINE_TUNABLES = (
     "smart_scan",
     "stable_node_chains_prune_millisecs",
 )
+
+
+def _work(engine: Engine) -> tuple[int, ...]:
+    """What `CostModel.nanoseconds` is asked about, counted since the engine was made."""
+    return (
+        engine.hashed,
+        engine.unstable_levels,
+        engine.merges,
+        engine.already,
+        engine.stable_levels,
+        engine.deep_levels,
+        engine.pages_skipped,
+    )
 
 
 class ScanTimeAdvisor:

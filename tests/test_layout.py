@@ -25,7 +25,7 @@ LAYERS = [
     {"errors", "constants", "units"},
     {"_core"},  # knows buffers of bytes, and nothing of who made them
     {"pages"},  # drives the hash that _core holds
-    {"keyed", "stats"},
+    {"cost", "keyed", "stats"},
     {"sysfs"},
     {"check", "ksmd", "stepper", "vmas"},
     {"machine"},  # holds its ksmd

@@ -332,7 +332,7 @@ cdef inline uint32_t stable_search(Store *m, uint32_t f, uint8_t nid) noexcept n
     """Visit's search: the stable node that can take an item with f's content; 0: none."""
     cdef uint32_t place, parent, n = 0
     cdef bint left
-    m.searches[bit_length64(m.stable_sizes[nid])] += 1
+    m.stable_searches[bit_length64(m.stable_sizes[nid])] += 1
     if stable_clean(m):
         place = stable_lookup(m, f, nid)
         if place:
@@ -351,7 +351,7 @@ cdef inline uint32_t stable_insert(Store *m, uint32_t f, uint8_t nid) noexcept n
     """Make a stable node for the KSM frame f; the same content in the tree makes it a dup."""
     cdef uint32_t n = new_stable(m, PLAIN, nid, frame_hash(m, f)), place, chosen, parent = 0
     cdef bint left = False, clean
-    m.searches[bit_length64(m.stable_sizes[nid])] += 1
+    m.stable_searches[bit_length64(m.stable_sizes[nid])] += 1
     clean = stable_clean(m)
     if clean:
         place = stable_lookup(m, f, nid)
@@ -431,7 +431,7 @@ cdef inline uint32_t place_migrating(Store *m, uint32_t n, uint8_t nid) noexcept
     """
     cdef uint32_t f = m.stable[n].frame, parent = 0, place, other = 0
     cdef bint left = False, lonely = m.frames[f].mappers == 1
-    m.searches[bit_length64(m.stable_sizes[nid])] += 1
+    m.stable_searches[bit_length64(m.stable_sizes[nid])] += 1
     place = stable_walk(m, f, nid, True, &other, &parent, &left)
     if place and lonely:
         if not candidate(m, other, 0):

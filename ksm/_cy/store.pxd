@@ -33,6 +33,8 @@ cdef enum:
     SEARCH_GIVEN_UP = 0xfffffffe    # no match, and the item has not joined
     NOT_FOUND = 0xffffffff          # no match; the item has joined
 
+    NEAR_LEVELS = 8     # of a tree, from its root: what ksmd touches there stays in its caches
+
     # what scan() came to
     BUDGET_SPENT = 0
     PASS_ENDED = 1
@@ -62,7 +64,8 @@ ctypedef struct Store:
 
     # What a ksmd at work would have paid, for the cost model; and what this engine compared.
     uint64_t hashed, merges, already, comparisons, bytes_compared
-    uint64_t searches[65]       # by the depth of the tree searched: the bits of its size
+    uint64_t stable_searches[65]    # by the depth of the tree searched: the bits of its size
+    uint64_t unstable_searches[65]
 
     uint64_t resident, swapped_pages
     uint64_t max_resident, max_swapped
@@ -114,6 +117,15 @@ ctypedef struct Store:
     # ksmd's position: the space (0: between passes) and the next page.
     uint32_t cursor
     uint64_t cursor_vpn
+
+
+cdef inline uint64_t levels_beyond(const uint64_t *searches, int near) noexcept nogil:
+    """The levels that so many searches descended, without the first `near` of each."""
+    cdef uint64_t levels = 0
+    cdef int depth
+    for depth in range(near + 1, 65):
+        levels += <uint64_t>(depth - near) * searches[depth]
+    return levels
 
 
 cdef inline uint64_t below(uint64_t n) noexcept nogil:

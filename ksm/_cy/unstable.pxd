@@ -101,7 +101,7 @@ cdef inline const uint8_t *joined_content(Store *m, uint32_t node) noexcept nogi
 
 cdef inline uint32_t unstable_search(Store *m, uint32_t slot, uint32_t f, uint8_t nid) noexcept nogil:
     """Visit's search: the slot with f's content in the unstable tree, or SEARCH_GIVEN_UP or NOT_FOUND."""
-    m.searches[bit_length64(m.unstable_sizes[nid])] += 1
+    m.unstable_searches[bit_length64(m.unstable_sizes[nid])] += 1
     if m.hash_index and not m.unstable_changed:
         return unstable_lookup(m, slot, f, nid)
     return unstable_walk(m, slot, f, nid)
