@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from ksm._core import Engine, FramesExhausted
 from ksm.constants import RMAP_ITEM_BYTES
-from ksm.cost import CostModel
+from ksm.cost import CostModel as CostModel  # where others look for it too
 from ksm.errors import OutOfMemoryError, kernel_error
 from ksm.sysfs import Profile
 
