@@ -98,5 +98,8 @@ def test_what_is_no_key_file(tmp_path: Path) -> None:
         Key.from_file(tmp_path)
     with pytest.raises(ksm.SourceError, match="regular file"):
         Key.from_file(os.devnull)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ksm.SourceError, match="regular file"):
+        Key.from_file(tmp_path / "pipe")
     with pytest.raises(ValueError, match="64 bytes"):
         Key(b"short")

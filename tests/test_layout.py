@@ -34,7 +34,9 @@ LAYERS = [
     {"observe"},
     {"saved", "passes"},
     {"rules"},
-    {"estimate", "plan", "advise", "trace", "tune"},
+    {"estimate", "advise", "trace", "tune"},
+    {"simulation"},
+    {"plan", "sweep"},
     {"ksm"},  # the public names
     {"fleet"},
     {"report"},

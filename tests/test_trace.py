@@ -249,7 +249,7 @@ def test_parts_of_two_recordings_do_not_mix(tmp_path: Path) -> None:
 
 def test_there_already(tmp_path: Path) -> None:
     record(guests(1), tmp_path / "t", seconds=0)
-    with pytest.raises(OSError, match=r"exists: .*resume goes on"):
+    with pytest.raises(OSError, match=r"exists: .*--resume. goes on"):
         record(guests(1), tmp_path / "t")
     with pytest.raises(ksm.SourceError, match="no trace to resume"):
         record(guests(1), tmp_path / "missing", resume=True)

@@ -1,4 +1,4 @@
-"""What the commands share: option types, how numbers are shown, consoles, progress, and sources into a machine."""
+"""What the commands share: option types, how numbers are shown, consoles and progress."""
 
 from __future__ import annotations
 
@@ -6,15 +6,12 @@ import contextlib
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import click
 from rich.console import Console
 
-from ksm.constants import MADV_MERGEABLE
-from ksm.machine import Machine, Process
-from ksm.sources import Snapshot
 from ksm.units import binary as binary
 from ksm.units import clock as clock
 
@@ -39,6 +36,15 @@ def duration(ctx: click.Context | None, param: click.Parameter | None, value: st
     if not 0 < seconds <= 1e9:
         raise click.BadParameter(f"{value!r} is not between 0 and 1e9 seconds", ctx, param)
     return seconds
+
+
+def duration_or_none(ctx: click.Context | None, param: click.Parameter | None, value: str | None) -> float | None:
+    """The same for an option that may be left out.
+
+    >>> duration_or_none(None, None, None) is None
+    True
+    """
+    return None if value is None else duration(ctx, param, value)
 
 
 def numbers(ctx: click.Context | None, param: click.Parameter | None, value: str | None) -> list[int] | None:
@@ -131,30 +137,3 @@ def progress(what: str, quiet: bool = False) -> Iterator[Callable[[int, int], No
     with bar:
         task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
-def load(machine: Machine, snapshots: Sequence[Snapshot], nodes: Sequence[int] | None = None) -> list[Process]:
-    """A process for each snapshot, its pages at their addresses and all of them marked mergeable.
-
-    >>> load(Machine(), [Snapshot("nothing", 4096, True, True, ())])[0].name
-    'nothing'
-    """
-    processes = []
-    for snapshot, node in zip(snapshots, nodes or [0] * len(snapshots), strict=True):
-        process = machine.spawn(_unused(machine, snapshot.name))
-        for address, prints in snapshot.blocks:
-            if len(prints):
-                process.mmap(prints, addr=address, node=node)
-        for vma in process.vmas:
-            size = machine.page_size
-            process.madvise(vma.start * size, (vma.end - vma.start) * size, MADV_MERGEABLE)
-        processes.append(process)
-    return processes
-
-
-def _unused(machine: Machine, name: str) -> str:
-    """The same source may be given several times: they are as many processes."""
-    taken = machine.processes
-    if name not in taken:
-        return name
-    return next(other for n in range(2, 1 << 30) if (other := f"{name} ({n})") not in taken)

@@ -14,12 +14,13 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from ksm.cli.common import binary, clock, load, out, print_json, progress
+from ksm.cli.common import binary, clock, out, print_json, progress
 from ksm.cli.crew import Crew, Worker
 from ksm.errors import DisagreementError, KsmError, UnsupportedError
 from ksm.estimate import Estimate, estimate
 from ksm.linux import Host
 from ksm.machine import Machine
+from ksm.simulation import load
 from ksm.sources import ProcessImage, Snapshot
 from ksm.sysfs import Sysfs
 

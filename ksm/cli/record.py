@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from ksm.cli.common import binary, clock, duration, out, print_json
+from ksm.cli.common import binary, clock, duration, duration_or_none, out, print_json
 from ksm.keyed import Key
 from ksm.trace import Progress, Trace, is_trace, record, series
 
@@ -52,7 +52,7 @@ def one_in(ctx: click.Context | None, param: click.Parameter | None, value: str)
     "--for",
     "seconds",
     default=None,
-    callback=lambda ctx, param, value: None if value is None else duration(ctx, param, value),
+    callback=duration_or_none,
     help="How long.  [default: until everything has ended, or Ctrl-C]",
 )
 @click.option("--cpu", default=None, callback=share, metavar="5%", help="The share of one CPU to stay below.")

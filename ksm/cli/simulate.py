@@ -5,93 +5,25 @@ from __future__ import annotations
 import csv
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, fields
 from typing import Any, TextIO
 
 import click
 from rich.table import Table
 
-from ksm.cli.common import binary, clock, duration, load, out, print_json, progress, source_arguments
-from ksm.estimate import Estimate, estimate, snapshots
-from ksm.machine import Machine
+from ksm.cli.common import binary, clock, duration, duration_or_none, out, print_json, progress, source_arguments
+from ksm.simulation import SHARES, Sample, Simulation, simulate
+from ksm.trace import Trace, is_trace
 
-SHARES = (50, 90, 99)  # percent of the settled saving
-_FINER = 10  # looks for those between two samples
-_MOST_SAMPLES = 1_000_000
 _MOST_ROWS = 24
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """The counters at one moment."""
-
-    seconds: float
-    full_scans: int
-    pages_scanned: int | None
-    pages_skipped: int | None
-    pages_shared: int
-    pages_sharing: int
-    pages_unshared: int
-    pages_volatile: int
-    ksm_zero_pages: int | None
-    general_profit: int
-    saved_bytes: int
-    ksmd_cpu_seconds: float
-
-    @classmethod
-    def of(cls, machine: Machine) -> Sample:
-        """What a machine shows now.
-
-        >>> Sample.of(Machine()).pages_sharing
-        0
-        """
-        now = machine.ksm.snapshot()
-        return cls(
-            machine.now,
-            now.full_scans,
-            now.pages_scanned,
-            now.pages_skipped,
-            now.pages_shared,
-            now.pages_sharing,
-            now.pages_unshared,
-            now.pages_volatile,
-            now.ksm_zero_pages,
-            now.profit,
-            now.saved_bytes,
-            round(machine.ksmd.cpu_seconds, 6),
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """A simulation: its samples, and when which share of the settled saving was there (None: not by the end)."""
-
-    settled: Estimate
-    samples: tuple[Sample, ...]
-    reached: dict[int, float | None]
-    tunables: dict[str, int | bool | str]
-
-    @property
-    def cpu_share(self) -> float:
-        """ksmd's share of one CPU over the whole time."""
-        last = self.samples[-1]
-        return last.ksmd_cpu_seconds / last.seconds if last.seconds else 0.0
-
-    def to_dict(self) -> dict[str, Any]:
-        """All of it, for JSON."""
-        return {
-            "settled": self.settled.to_dict(),
-            "reached_seconds": {str(share): when for share, when in self.reached.items()},
-            "ksmd_cpu_share": self.cpu_share,
-            "tunables": self.tunables,
-            "samples": [asdict(sample) for sample in self.samples],
-        }
 
 
 @click.command()
 @source_arguments
-@click.option("--for", "seconds", default="10m", callback=duration, show_default=True, help="Simulated time.")
+@click.option(
+    "--for", "seconds", callback=duration_or_none, help="Simulated time.  [default: 10m, or as long as a trace is]"
+)
 @click.option("--every", default="10s", callback=duration, show_default=True, help="Time between two samples.")
 @click.option("--pages-to-scan", type=click.IntRange(1), default=1000, show_default=True, help="The tunable.")
 @click.option("--sleep-millisecs", type=click.IntRange(0), default=20, show_default=True, help="The tunable.")
@@ -109,14 +41,15 @@ def command(
 ) -> None:
     """How KSM gets there: its counters over simulated time on these sources, one process each.
 
-    What the pages hold stands still, and all of it is mergeable from the start. When 50, 90 and 99 % of the settled
-    saving are there is looked at ten times between two samples. ksmd's CPU time follows a cost model.
+    The pages of sources stand still, and all of them are mergeable from the start. A trace that ksm record made is
+    replayed: its pages change as they did. When 50, 90 and 99 % of the settled saving are there is looked at ten times
+    between two samples. ksmd's CPU time follows a cost model.
     """
     if csv_file == "-" and as_json:
         raise click.UsageError("--csv - and --json both want stdout")
     if csv_file not in (None, "-") and not force and os.path.lexists(str(csv_file)):
         raise click.UsageError(f"{csv_file} exists; --force overwrites it")
-    found = simulate(sources, quiet=as_json, **options)
+    found = run(sources, quiet=as_json, **options)
     if csv_file == "-":
         write_csv(sys.stdout, found.samples)
         return
@@ -132,75 +65,73 @@ def command(
         console.print(line, soft_wrap=True)
 
 
-def simulate(
-    sources: Sequence[Any],
+def run(
+    sources: Sequence[str],
     *,
-    seconds: float,
+    seconds: float | None,
     every: float,
-    max_page_sharing: int = 256,
-    use_zero_pages: bool = False,
-    zeros: Any = "merge",
-    nodes: Sequence[int] | None = None,
-    merge_across_nodes: bool = True,
-    marked_only: bool = False,
-    page_size: int | None = None,
-    threads: int | None = None,
-    pages_to_scan: int = 1000,
-    sleep_millisecs: int = 20,
-    smart_scan: bool | None = None,
-    kernel: str = "6.18",
-    quiet: bool = True,
-) -> Run:
-    """Read the sources once, put them into a machine, and let time pass.
+    quiet: bool,
+    kernel: str,
+    zeros: Any,
+    nodes: Sequence[int] | None,
+    marked_only: bool,
+    page_size: int | None,
+    threads: int | None,
+    smart_scan: bool | None,
+    **tunables: int | bool,
+) -> Simulation:
+    """Simulate sources or a trace with a bar for each part of it.
 
-    >>> run = simulate([b"x" * 8192], seconds=1, every=0.5)
-    >>> run.samples[-1].pages_sharing, len(run.samples)
-    (1, 3)
+    >>> options = dict.fromkeys(("nodes", "page_size", "threads", "smart_scan"))
+    >>> with open("two.raw", "wb") as file:
+    ...     _ = file.write(b"x" * 8192)
+    >>> options |= {"seconds": 1, "every": 1, "kernel": "6.18", "zeros": "merge", "marked_only": False, "quiet": True}
+    >>> run(["two.raw"], **options).samples[-1].pages_sharing
+    1
     """
-    if seconds / every > _MOST_SAMPLES:
-        raise ValueError(f"{seconds / every:,.0f} samples are too many; --every can be {seconds / _MOST_SAMPLES:g} s")
-    if nodes is not None and len(nodes) != len(sources):
-        raise ValueError(f"{len(nodes)} nodes for {len(sources)} sources")
-    machine = Machine(nodes=max(nodes or [0]) + 1, kernel=kernel, page_size=page_size or 4096)
-    machine.ksm.max_page_sharing = max_page_sharing
-    machine.ksm.use_zero_pages = use_zero_pages
-    machine.ksm.merge_across_nodes = merge_across_nodes
-    machine.ksm.pages_to_scan = pages_to_scan
-    machine.ksm.sleep_millisecs = sleep_millisecs
     if smart_scan is not None:
-        machine.ksm.smart_scan = smart_scan
-    with progress("fingerprinting", quiet) as show:
-        taken = snapshots(sources, page_size, marked_only, threads, show)
-    settled = estimate(
-        taken, max_page_sharing, use_zero_pages, zeros, nodes=nodes, merge_across_nodes=merge_across_nodes
-    )
-    if zeros == "absent":
-        taken = [snapshot if snapshot.anonymous_known else snapshot.without_zeros() for snapshot in taken]
-    load(machine, taken, nodes)
-    counted = settled.pages_sharing + (settled.ksm_zero_pages if machine.kernel.counts_zero_pages else 0)
-    machine.ksm.run = 1
-    with progress("simulating", quiet) as show:
-        samples, reached = _follow(machine, seconds, every, counted, show)
-    return Run(settled, tuple(samples), reached, machine.ksm.tunables())
+        tunables["smart_scan"] = smart_scan
+    found = given(sources)
+    with progress("fingerprinting", quiet) as reading, progress("simulating", quiet) as show:
+        return simulate(
+            found,
+            seconds=length(found, seconds),
+            every=every,
+            tunables=tunables,
+            kernel=kernel,
+            zeros=zeros,
+            nodes=nodes,
+            marked_only=marked_only,
+            page_size=page_size,
+            threads=threads,
+            reading=reading,
+            progress=show,
+        )
 
 
-def _follow(
-    machine: Machine, seconds: float, every: float, goal: int, show: Callable[[int, int], None]
-) -> tuple[list[Sample], dict[int, float | None]]:
-    samples = [Sample.of(machine)]
-    reached: dict[int, float | None] = dict.fromkeys(SHARES)
-    steps = max(1, -(-round(seconds * 1e9) // round(every * 1e9)))
-    for step in range(1, steps + 1):
-        start, end = samples[-1].seconds, min(seconds, step * every)
-        for part in range(1, _FINER + 1):
-            machine.run_for(max(0.0, start + (end - start) * part / _FINER - machine.now))
-            saved = machine.ksm.snapshot().saved_pages
-            for share in SHARES:
-                if reached[share] is None and saved * 100 >= share * goal:
-                    reached[share] = machine.now
-        samples.append(Sample.of(machine))
-        show(step, steps)
-    return samples, reached
+def given(sources: Sequence[str]) -> Sequence[str] | Trace:
+    """The sources, or the trace that is the only one of them.
+
+    >>> given(["self"])
+    ['self']
+    """
+    traces = [source for source in sources if is_trace(source)]
+    if not traces:
+        return sources
+    if len(sources) > 1:
+        raise click.UsageError(f"{traces[0]} is a trace, which is replayed alone")
+    return Trace(traces[0])
+
+
+def length(found: Sequence[str] | Trace, seconds: float | None) -> float:
+    """How long to simulate: what was asked for; else a trace's own length, and ten minutes of sources.
+
+    >>> length(["self"], None)
+    600.0
+    """
+    if seconds is not None:
+        return seconds
+    return max(found.duration, 1.0) if isinstance(found, Trace) else 600.0
 
 
 def write_csv(file: TextIO, samples: Iterable[Sample]) -> None:
@@ -208,7 +139,7 @@ def write_csv(file: TextIO, samples: Iterable[Sample]) -> None:
 
     >>> write_csv(sys.stdout, [])
     seconds,full_scans,pages_scanned,pages_skipped,pages_shared,pages_sharing,pages_unshared,pages_volatile,\
-ksm_zero_pages,general_profit,saved_bytes,ksmd_cpu_seconds
+ksm_zero_pages,general_profit,saved_bytes,ksmd_cpu_seconds,cow_ksm,settled_bytes
     """
     names = [field.name for field in fields(Sample)]
     writer = csv.DictWriter(file, names, lineterminator="\n")
@@ -223,8 +154,9 @@ def table(samples: Sequence[Sample]) -> Table:
     0
     """
     result = Table(box=None, pad_edge=False, header_style="bold")
-    headings = ("time", "passes", "shared", "sharing", "unshared", "volatile", "zero-merged", "saved", "ksmd CPU")
-    for heading in headings:
+    moved = len({sample.settled_bytes for sample in samples}) > 1
+    headings = ["time", "passes", "shared", "sharing", "unshared", "volatile", "zero-merged", "saved", "ksmd CPU"]
+    for heading in headings + (["CoW breaks", "would settle at"] if moved else []):
         result.add_column(heading, justify="right", no_wrap=True)
     stride = -(-len(samples) // _MOST_ROWS) or 1
     for sample in [*samples[:-1:stride], *samples[-1:]]:
@@ -238,27 +170,38 @@ def table(samples: Sequence[Sample]) -> Table:
             "-" if sample.ksm_zero_pages is None else f"{sample.ksm_zero_pages:,}",
             binary(sample.saved_bytes),
             f"{sample.ksmd_cpu_seconds:.2f} s",
+            *([f"{sample.cow_ksm or 0:,}", binary(sample.settled_bytes)] if moved else []),
         )
     return result
 
 
-def sentences(found: Run) -> list[str]:
+def sentences(found: Simulation) -> list[str]:
     """The answer in words.
 
     >>> sentences(simulate([b"x" * 8192], seconds=1, every=0.5))[0]
     'Settled, KSM saves 4.0 KiB; 50 % of that are there after 0.05 s, 90 % after 0.05 s, 99 % after 0.05 s.'
     """
     last = found.samples[-1]
-    goal = found.settled.saved_bytes
+    moved = len({sample.settled_bytes for sample in found.samples}) > 1
+    goal = last.settled_bytes if moved or found.sample_of > 1 else found.settled.saved_bytes
     whens = [
         f"{share} %{' of that are there' if share == SHARES[0] else ''} "
         + ("later than this simulation went" if when is None else f"after {clock(when)}")
         for share, when in found.reached.items()
     ]
-    result = [
-        f"Settled, KSM saves {binary(goal)}; {', '.join(whens)}."
-        if goal
-        else "There is nothing to save: no two of these pages are equal."
-    ]
+    if not goal:
+        result = ["There is nothing to save: no two of these pages are equal."]
+    elif moved:
+        result = [
+            f"Memory as it is at the end would settle at {binary(goal)}; of what each moment would, {', '.join(whens)}.",
+            f"On average {binary(found.mean_saved_bytes)} are saved; {last.cow_ksm or 0:,} writes broke the sharing.",
+        ]
+    else:
+        result = [f"Settled, KSM saves {binary(goal)}; {', '.join(whens)}."]
     result.append(f"ksmd takes {100 * found.cpu_share:.2f} % of a CPU over {clock(last.seconds)}, by the cost model.")
+    if found.sample_of > 1:
+        result.append(
+            f"Extrapolated from a sample of one content in {found.sample_of:,}: the settled saving is "
+            f"{binary(goal)} ± {binary(found.settled_error_bytes)} (one standard error, from sampling alone)."
+        )
     return [*result, *("Assumed: " + line[0].lower() + line[1:] for line in found.settled.assumed)]

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+
+from ksm.pages import Fingerprints
+from ksm.sources.snapshot import Snapshot
 
 Flags = npt.NDArray[np.bool_]
 Numbers = npt.NDArray[np.uint64]
@@ -124,6 +129,28 @@ class Sample:
         scattered = (memory.pages * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(32)
         chosen: Flags = np.where(zeros, scattered, memory.words[:, 1]) % np.uint64(self.of) == 0
         return chosen
+
+    def error(self, snapshots: Sequence[Snapshot], max_page_sharing: int = 256) -> float:
+        """One standard error, in pages, of the sample's settled saving times `of` as that of the whole. O(n log n).
+
+        A content with x pages to save is in the sample, with all of them, by a chance of p = 1/of: the variance of the
+        extrapolated sum is estimated without bias by the sum of x^2 (1 - p) / p^2 over the contents in the sample
+        (Horvitz and Thompson, 1952, for independent draws), where each page of zeros counts as one by itself.
+
+        >>> Sample(1).error([])
+        0.0
+        """
+        p = 1 / self.of
+        total = 0.0
+        words = [snapshot.words() for snapshot in snapshots]
+        if self.of > 1 and words:
+            prints = Fingerprints(np.concatenate(words))
+            zeros = prints.zeros(snapshots[0].page_size)
+            _, copies = prints[~zeros].unique()
+            left = copies % max_page_sharing
+            saved = copies - copies // max_page_sharing - (left >= 1)
+            total = float((saved.astype(np.float64) ** 2).sum()) + float(np.count_nonzero(zeros))
+        return math.sqrt(total * (1 - p)) / p
 
     def __str__(self) -> str:
         return f"1/{self.of}"

@@ -123,7 +123,7 @@ def _locked(path: Path, resume: bool) -> Iterator[Path]:
         try:
             path.mkdir()
         except OSError as error:
-            hint = "; resume goes on with it" if is_trace(path) else ""
+            hint = "; resume (--resume) goes on with it" if is_trace(path) else ""
             raise kernel_error(error.errno or 0, f"{path}{hint}") from None
     elif not is_trace(path):
         raise SourceError(f"{path}: there is no trace to resume")

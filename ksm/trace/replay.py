@@ -140,7 +140,7 @@ class Replay:
         elif self._zeros == "absent":
             change = self._without_zeros(change)
         self.moment.apply(change)
-        self.changes += 1
+        self.changes += bool(len(change.pages)) or not change.alive
         process = self.machine.processes.get(change.process)
         if not change.alive:
             self._mapped.pop(change.process, None)
