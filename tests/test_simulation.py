@@ -166,11 +166,11 @@ def test_samples_extrapolate_without_bias_and_know_their_error(tmp_path: Path) -
 def test_a_sample_takes_as_long_as_the_whole(tmp_path: Path) -> None:
     """Passes over a sample, with batches and costs scaled, end when those over the whole do."""
     held = moments(1, 3, 4000)
-    whole = simulate(recorded(tmp_path / "all", held, 5), seconds=10, every=1, tunables={"pages_to_scan": 1000})
+    whole = simulate(recorded(tmp_path / "all", held, 5), seconds=10, every=1, tunables={"pages_to_scan": 200})
     part = simulate(
-        recorded(tmp_path / "some", held, 5, sample=4), seconds=10, every=1, tunables={"pages_to_scan": 1000}
+        recorded(tmp_path / "some", held, 5, sample=4), seconds=10, every=1, tunables={"pages_to_scan": 200}
     )
-    assert part.sample_of == 4 and part.tunables["pages_to_scan"] == 1000
+    assert part.sample_of == 4 and part.tunables["pages_to_scan"] == 200
     for ours, theirs in zip(part.samples, whole.samples, strict=True):
         assert abs(ours.full_scans - theirs.full_scans) <= 1 + theirs.full_scans // 10
     assert part.cpu_share == pytest.approx(whole.cpu_share, rel=0.25)

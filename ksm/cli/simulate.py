@@ -193,7 +193,7 @@ def sentences(found: Simulation) -> list[str]:
         result = ["There is nothing to save: no two of these pages are equal."]
     elif moved:
         result = [
-            f"Memory as it is at the end would settle at {binary(goal)}; of what it would each time, {', '.join(whens)}.",
+            f"Memory as it is at the end settles at {binary(goal)}; of each moment's own goal, {', '.join(whens)}.",
             f"On average {binary(found.mean_saved_bytes)} are saved; {last.cow_ksm or 0:,} writes broke the sharing.",
         ]
     else:

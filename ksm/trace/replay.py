@@ -45,8 +45,8 @@ class Replay:
     >>> replay.machine.ksm.pages_sharing
     3
     >>> replay.run_for(20)
-    >>> replay.machine.ksm.pages_sharing
-    2
+    >>> replay.machine.ksm.pages_sharing, replay.machine.vmstat["cow_ksm"]
+    (2, 1)
     """
 
     def __init__(self, trace: Trace, machine: Machine | None = None, *, zeros: str = "merge") -> None:
@@ -179,7 +179,7 @@ class Replay:
             present[(pages - pages[0]).astype(np.int64)] = True
             row = np.zeros((span, 2), np.uint64)
             row[present] = words[written][some]
-            overwrite(process, int(pages[0]) * size, Fingerprints(row, present))
+            process.write(int(pages[0]) * size, Fingerprints(row, present))
         for first, last in _consecutive(change.pages[~there]):
             pages = change.pages[~there][first:last]
             self._discard(process, int(pages[0]), len(pages))
@@ -204,24 +204,6 @@ class Replay:
             low, high = max(vma.start, page), min(vma.end, page + n)
             if low < high:
                 process.madvise(low * self.trace.page_size, (high - low) * self.trace.page_size, MADV_DONTNEED)
-
-
-def overwrite(process: Process, address: int, prints: Fingerprints) -> None:
-    """Give whole pages new contents, as if each had been written to; those not present are left alone.
-
-    >>> process = Machine().spawn()
-    >>> address = process.mmap(8192)
-    >>> overwrite(process, address, Fingerprints(np.ones((2, 2), np.uint64)))
-    """
-    try:
-        process.write(address, prints)  # type: ignore[arg-type]
-    except TypeError:
-        there = np.flatnonzero(np.ones(len(prints), np.bool_) if prints.present is None else prints.present)
-        for first, last in _consecutive(there.astype(np.uint64)):
-            size = process.machine.page_size
-            low = int(there[first])
-            process.mmap(Fingerprints(prints.words[low : low + last - first].copy()), addr=address + low * size)
-            process.madvise(address + low * size, (last - first) * size, MADV_MERGEABLE)
 
 
 def _unlike_any(pages: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
