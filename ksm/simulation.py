@@ -272,9 +272,11 @@ class _Still(_Subject):
         threads: int | None,
         reading: Show | None,
     ) -> None:
-        super().__init__(Machine(nodes=max(nodes or [0]) + 1, kernel=kernel, page_size=page_size or 4096), zeros)
-        put_tunables(self.machine, tunables)
+        put_tunables(Machine(kernel=kernel), tunables)  # what is refused is refused before anything is read
         taken = snapshots(sources, page_size, marked_only, threads, reading)
+        size = taken[0].page_size if taken else page_size or 4096
+        super().__init__(Machine(nodes=max(nodes or [0]) + 1, kernel=kernel, page_size=size), zeros)
+        put_tunables(self.machine, tunables)
         self._settled = self._estimate(taken, nodes)
         if zeros == "absent":
             taken = [snapshot if snapshot.anonymous_known else snapshot.without_zeros() for snapshot in taken]

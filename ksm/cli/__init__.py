@@ -24,6 +24,7 @@ _COMMANDS: Mapping[str, str] = MappingProxyType(
         "estimate": "What KSM would save on these images or processes.",
         "record": "Record what memory holds over time, to replay it under any tunables.",
         "simulate": "How KSM gets there: its counters over time.",
+        "sweep": "Which tunables bring the saving how soon, and at what cost.",
         "tune": "Show, set and reset the tunables.",
     }
 )

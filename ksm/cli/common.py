@@ -6,7 +6,7 @@ import contextlib
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import click
@@ -60,17 +60,21 @@ def numbers(ctx: click.Context | None, param: click.Parameter | None, value: str
     return [int(part) for part in value.split(",")]
 
 
-def source_arguments(function: F) -> F:
-    """SOURCE..., and what says how they are read and merged.
+def _decorated(function: F, options: Sequence[Callable[[F], F]]) -> F:
+    for decorate in reversed(options):
+        function = decorate(function)
+    return function
 
-    >>> callable(source_arguments(lambda: None))
+
+def read_options(function: F) -> F:
+    """The options that say how sources are read.
+
+    >>> callable(read_options(lambda: None))
     True
     """
-    for decorate in reversed(
+    return _decorated(
+        function,
         (
-            click.argument("sources", nargs=-1, required=True, metavar="SOURCE..."),
-            click.option("--max-page-sharing", type=int, default=256, show_default=True, help="The tunable."),
-            click.option("--use-zero-pages", is_flag=True, help="The tunable: all-zero pages go to the zero page."),
             click.option(
                 "--zeros",
                 type=click.Choice(["merge", "absent"]),
@@ -81,14 +85,29 @@ def source_arguments(function: F) -> F:
             click.option(
                 "--nodes", callback=numbers, metavar="N,N,...", help="The NUMA node of each source.  [default: 0]"
             ),
-            click.option("--merge-across-nodes/--no-merge-across-nodes", default=True, help="The tunable."),
             click.option("--marked-only", is_flag=True, help="Of processes, only what is marked mergeable now."),
             click.option("--page-size", type=int, default=None, help="Of raw images.  [default: 4096]"),
             click.option("--threads", type=click.IntRange(1), default=None, help="That hash.  [default: all CPUs]"),
-        )
-    ):
-        function = decorate(function)
-    return function
+        ),
+    )
+
+
+def source_arguments(function: F) -> F:
+    """SOURCE..., and what says how they are read and merged.
+
+    >>> callable(source_arguments(lambda: None))
+    True
+    """
+    return _decorated(
+        function,
+        (
+            click.argument("sources", nargs=-1, required=True, metavar="SOURCE..."),
+            click.option("--max-page-sharing", type=int, default=256, show_default=True, help="The tunable."),
+            click.option("--use-zero-pages", is_flag=True, help="The tunable: all-zero pages go to the zero page."),
+            click.option("--merge-across-nodes/--no-merge-across-nodes", default=True, help="The tunable."),
+            read_options,
+        ),
+    )
 
 
 def out() -> Console:

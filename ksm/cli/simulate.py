@@ -13,7 +13,9 @@ import click
 from rich.table import Table
 
 from ksm.cli.common import binary, clock, duration, duration_or_none, out, print_json, progress, source_arguments
+from ksm.estimate import snapshots
 from ksm.simulation import SHARES, Sample, Simulation, simulate
+from ksm.sources import Snapshot
 from ksm.trace import Trace, is_trace
 
 _MOST_ROWS = 24
@@ -91,8 +93,8 @@ def run(
     """
     if smart_scan is not None:
         tunables["smart_scan"] = smart_scan
-    found = given(sources)
-    with progress("fingerprinting", quiet) as reading, progress("simulating", quiet) as show:
+    found = given(sources, quiet, nodes, page_size, marked_only, threads)
+    with progress("simulating", quiet) as show:
         return simulate(
             found,
             seconds=length(found, seconds),
@@ -101,32 +103,42 @@ def run(
             kernel=kernel,
             zeros=zeros,
             nodes=nodes,
-            marked_only=marked_only,
-            page_size=page_size,
-            threads=threads,
-            reading=reading,
             progress=show,
         )
 
 
-def given(sources: Sequence[str]) -> Sequence[str] | Trace:
-    """The sources, or the trace that is the only one of them.
+def given(
+    sources: Sequence[str],
+    quiet: bool = True,
+    nodes: Sequence[int] | None = None,
+    page_size: int | None = None,
+    marked_only: bool = False,
+    threads: int | None = None,
+) -> list[Snapshot] | Trace:
+    """The sources, read; or the trace that is the only one of them.
 
-    >>> given(["self"])
-    ['self']
+    >>> given(["self"])[0].name
+    'self'
     """
     traces = [source for source in sources if is_trace(source)]
     if not traces:
-        return sources
+        if nodes is not None and len(nodes) != len(sources):
+            raise ValueError(f"{len(nodes)} nodes for {len(sources)} sources")
+        with progress("fingerprinting", quiet) as show:
+            return snapshots(sources, page_size, marked_only, threads, show)
     if len(sources) > 1:
         raise click.UsageError(f"{traces[0]} is a trace, which is replayed alone")
+    if marked_only or page_size is not None or threads is not None:
+        raise click.UsageError(
+            "--marked-only, --page-size and --threads are for sources; a trace has what was recorded"
+        )
     return Trace(traces[0])
 
 
-def length(found: Sequence[str] | Trace, seconds: float | None) -> float:
+def length(found: list[Snapshot] | Trace, seconds: float | None) -> float:
     """How long to simulate: what was asked for; else a trace's own length, and ten minutes of sources.
 
-    >>> length(["self"], None)
+    >>> length([], None)
     600.0
     """
     if seconds is not None:

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ksm.constants import MADV_DONTNEED, MADV_MERGEABLE
+from ksm.cost import NEAR_LEVELS, CostModel
 from ksm.errors import UnsupportedError
 from ksm.machine import Machine, Process
 from ksm.pages import Fingerprints
@@ -64,14 +65,7 @@ class Replay:
         self.changes = 0
         """How many changes have happened to processes so far; the moment is another whenever this is."""
         if self.scale > 1:
-            cost = self.machine.ksmd.cost
-            self.machine.ksmd.cost = replace(
-                cost,
-                hash_ns=cost.hash_ns * self.scale,
-                level_ns=cost.level_ns * self.scale,
-                merge_ns=cost.merge_ns * self.scale,
-                merged_ns=cost.merged_ns * self.scale,
-            )
+            self.machine.ksmd.cost = _cost_of_sample(self.machine.ksmd.cost, trace)
         self._zeros = zeros
         self._known: dict[str, bool] = {}
         self._mapped: dict[str, npt.NDArray[np.uint64]] = {}
@@ -204,6 +198,16 @@ class Replay:
             low, high = max(vma.start, page), min(vma.end, page + n)
             if low < high:
                 process.madvise(low * self.trace.page_size, (high - low) * self.trace.page_size, MADV_DONTNEED)
+
+
+def _cost_of_sample(cost: CostModel, trace: Trace) -> CostModel:
+    """Costs that make work on a sample as dear as work on the whole, whose trees are deeper by log2(of) levels."""
+    of = trace.sample.of
+    depth = math.log2(max([2.0, *(step.row["pages"] or 0 for step in trace.steps)]))
+    less = max(depth - math.log2(of), 1.0)
+    deep = (depth - NEAR_LEVELS) / (less - NEAR_LEVELS) if less > NEAR_LEVELS + 1 else 1.0
+    level, stable = cost.level_ns * depth / less, cost.stable_level_ns * depth / less
+    return replace(cost, level_ns=level, stable_level_ns=stable, deep_ns=cost.deep_ns * deep).scaled(of)
 
 
 def _unlike_any(pages: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
