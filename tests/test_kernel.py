@@ -15,11 +15,19 @@ from typing import Any
 
 import pytest
 
-import ksm
 from tests.kernel import compare, host, sysfs
-from tests.kernel.host import CGROUPS, PAGE, SWAP_BYTES, SYSFS, Unavailable, why_not
+from tests.kernel.comparison import opponent
+from tests.kernel.host import PAGE, SYSFS, Unavailable
 from tests.kernel.program import ARENA, HUGE, MERGEABLE, STYLES, Program, apply, content, generate, state
-from tests.kernel.real import NEVER_PRUNE, TUNABLES, KernelSession, RealMachine
+from tests.kernel.real import TUNABLES, KernelSession, RealMachine
+
+
+def why_not() -> str | None:
+    """Why the engine cannot be held against the running kernel; None: it can."""
+    if not (SYSFS / "smart_scan").exists():
+        return "the kernel is older than 6.7"
+    return host.why_not()
+
 
 needs_kernel = pytest.mark.skipif(why_not() is not None, reason=why_not() or "")
 INDEXES = ("hash", "tree")
@@ -43,21 +51,14 @@ def session_with_swap() -> Iterator[KernelSession]:
     yield from open_session(swap=True)
 
 
-def simulated(index: str) -> compare.Factory:
-    def make(program: Program) -> ksm.Machine:
-        machine = ksm.Machine(index=index, swap=SWAP_BYTES if program["swap"] else 0)
-        machine.ksm.write("stable_node_chains_prune_millisecs", str(NEVER_PRUNE))
-        return machine
-
-    return make
-
-
 def agree(session: KernelSession, program: Program) -> None:
     """Both indexes do, step for step, what the kernel does."""
-    kernel = list(compare.run(program, lambda _: RealMachine(session)))
+    kernel = compare.on(lambda _: RealMachine(session))
+    steps = list(kernel(program))
     for index in INDEXES:
-        if list(compare.run(program, simulated(index))) != kernel:
-            report = compare.steady_difference(program, lambda _: RealMachine(session), simulated(index))
+        ours = opponent(index, os.uname().release)
+        if list(ours(program)) != steps:
+            report = compare.steady_difference(program, kernel, ours)
             if report:
                 listing = "\n".join(map(json.dumps, program["ops"]))
                 pytest.fail(f"index {index}, {report}\n{listing}", pytrace=False)
@@ -155,11 +156,15 @@ def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def tunables() -> dict[str, str]:
-    return {name: (SYSFS / name).read_text() for name in TUNABLES}
+    return {name: (SYSFS / name).read_text() for name in TUNABLES if (SYSFS / name).exists()}
 
 
 def our_groups() -> list[Path]:
-    return list(CGROUPS.glob(f"ksm-{os.getpid()}-*"))
+    return groups_of(os.getpid())
+
+
+def groups_of(pid: int) -> list[Path]:
+    return list(host.memory_cgroups().root.glob(f"ksm-{pid}-*"))
 
 
 def is_free(lock: Path) -> bool:
@@ -216,7 +221,7 @@ with KernelSession() as session:
         child.send_signal(signal.SIGTERM)
         assert child.wait(10) == 128 + signal.SIGTERM
     assert tunables() == before
-    assert not list(CGROUPS.glob(f"ksm-{child.pid}-*"))
+    assert not groups_of(child.pid)
 
 
 def test_no_session_beside_other_registered_memory(alone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -250,7 +255,7 @@ with KernelSession(swap=True) as session:
         pass
     assert tunables() == before
     assert "zram0" not in Path("/proc/swaps").read_text()
-    for group in CGROUPS.glob(f"ksm-{killed.pid}-*"):
+    for group in groups_of(killed.pid):
         group.rmdir()
 
 

@@ -12,6 +12,8 @@ from tests.kernel.program import Op, Program, apply, state
 
 Step = tuple[str, dict[str, Any]]
 Factory = Callable[[Program], Any]
+Runner = Callable[[Program], Generator[Step, None, None]]
+"""Runs a program somewhere: each operation's result, and the counters after it."""
 REGRESSIONS = Path(__file__).with_name("regressions")
 
 
@@ -24,17 +26,22 @@ def run(program: Program, factory: Factory) -> Generator[Step, None, None]:
             yield apply(machine, op), state(machine)
 
 
-def difference(program: Program, kernel: Factory, ours: Factory) -> str | None:
+def on(factory: Factory) -> Runner:
+    """Runs programs on machines of a factory."""
+    return lambda program: run(program, factory)
+
+
+def difference(program: Program, kernel: Runner, ours: Runner) -> str | None:
     """A report of the first difference between the two, or None."""
-    expected = list(run(program, kernel))
-    with closing(run(program, ours)) as steps:
+    expected = list(kernel(program))
+    with closing(ours(program)) as steps:
         for i, (op, want, have) in enumerate(zip(program["ops"], expected, steps, strict=True)):
             if want != have:
                 return report(i, op, want, have)
     return None
 
 
-def steady_difference(program: Program, kernel: Factory, ours: Factory) -> str | None:
+def steady_difference(program: Program, kernel: Runner, ours: Runner) -> str | None:
     """A difference that is there the second time as well: others may have disturbed the kernel."""
     return difference(program, kernel, ours) and difference(program, kernel, ours)
 

@@ -6,22 +6,25 @@ import ctypes
 import fcntl
 import json
 import os
+import re
 import signal
 import subprocess
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 SYSFS = Path("/sys/kernel/mm/ksm")
 LOCK = Path("/run/lock/ksm-kernel.lock")
-CGROUPS = Path("/sys/fs/cgroup/memory")
 ZRAM = Path("/sys/block/zram0")
 KHUGEPAGED = Path("/sys/kernel/mm/transparent_hugepage/khugepaged/scan_sleep_millisecs")
 SWAP_BYTES = 256 << 20
 SWAP_LABEL = "ksm-tests"
 PAGE = 4096
+WORKER = "KSM_TESTS_WORKER"
+"""The environment variable that names a compiled worker, where there is no compiler."""
 FOREVER_MS = 10_000_000
 PATIENCE = 60.0  # seconds for one batch
 PATIENCE_WITH_OTHERS = 10.0  # seconds in which others' registered memory may go away
@@ -31,16 +34,53 @@ class Unavailable(Exception):
     """The running kernel cannot be the judge here and now; the message says why."""
 
 
+@dataclass(frozen=True)
+class Hierarchy:
+    """A version of the memory cgroups."""
+
+    root: Path
+    evict: str
+    """The file by which the kernel is asked to reclaim a group's memory,"""
+    everything: bytes
+    """what is written to it to have all of it,"""
+    resident: bytes
+    """and the line of memory.stat that says how much is still there."""
+
+
+V1 = Hierarchy(Path("/sys/fs/cgroup/memory"), "memory.force_empty", b"0", b"total_rss")
+V2 = Hierarchy(Path("/sys/fs/cgroup"), "memory.reclaim", b"64G", b"anon")
+
+
+def memory_cgroups() -> Hierarchy:
+    """The one to use: version 1 where the host has it."""
+    if (V1.root / V1.evict).exists():
+        return V1
+    with suppress(OSError):
+        if "memory" in (V2.root / "cgroup.subtree_control").read_text().split():
+            return V2
+    raise Unavailable("no memory cgroups")
+
+
+def numa_nodes() -> int:
+    """How many NUMA nodes have memory."""
+    with suppress(OSError):
+        text = Path("/sys/devices/system/node/has_memory").read_text()
+        return 1 + max(int(number) for number in re.findall(r"\d+", text))
+    return 1
+
+
 def why_not() -> str | None:
     """Why the running kernel cannot judge here; None: it can."""
     if not SYSFS.is_dir():
         return "this kernel has no KSM"
     if os.geteuid() != 0:
         return "driving the kernel's KSM needs root"
-    if not (SYSFS / "smart_scan").exists() or not Path("/proc/self/ksm_stat").exists():
-        return "the kernel is older than 6.7"
-    if not (CGROUPS / "memory.force_empty").exists():
-        return "no cgroup v1 memory controller, by which to flush the LRU caches"
+    try:
+        memory_cgroups()
+    except Unavailable as reason:
+        return str(reason)
+    if WORKER in os.environ:
+        return None
     try:
         subprocess.run(["cc", "--version"], check=True, capture_output=True)
     except (OSError, subprocess.CalledProcessError):
@@ -135,8 +175,8 @@ def held_back(*signals: int) -> Iterator[None]:
 
 
 @contextmanager
-def cgroup(name: str) -> Iterator[Path]:
-    path = CGROUPS / name
+def cgroup(groups: Hierarchy, name: str) -> Iterator[Path]:
+    path = groups.root / name
     path.mkdir(exist_ok=True)
     try:
         yield path
@@ -191,8 +231,13 @@ def remembered(values: dict[str, str]) -> Iterator[dict[str, str]]:
 @contextmanager
 def khugepaged_asleep() -> Iterator[None]:
     """Else it makes huge pages of ours at its own pace. A change of its interval wakes it once."""
+    try:
+        thread = kernel_thread("khugepaged")
+    except Unavailable:  # the kernel has no use for it on a small machine
+        yield
+        return
     before = KHUGEPAGED.read_text()
-    stat = os.open(kernel_thread("khugepaged") / "stat", os.O_RDONLY)
+    stat = os.open(thread / "stat", os.O_RDONLY)
     try:
         KHUGEPAGED.write_text(str(FOREVER_MS))
         wait_for_sleep(stat, "khugepaged's last look round")
@@ -212,6 +257,14 @@ def kill_all(group: Path) -> None:
             with suppress(ProcessLookupError):
                 os.kill(int(pid), signal.SIGKILL)
         time.sleep(0.001)
+
+
+def opened_if_there(path: Path) -> int | None:
+    """A file descriptor for reading a file that not every kernel has."""
+    try:
+        return os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return None
 
 
 def opened(stack: ExitStack, path: Path, flags: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -68,31 +69,40 @@ STYLES = {
                    contents=(2, 3), zero_pages=0.9),
     "pressure": Style({"pageout": 12, "reclaim": 6, "free": 6, "read": 10, "fork": 5}),
 }  # fmt: skip
+NUMA_STYLE = Style(
+    {**QUIET, "migrate": 14, "write": 16, "dontneed": 5, "fork": 4, "exit": 3, "spawn": 4, "sysfs": 2},
+    contents=(1, 2, 3, 5),
+    sharing=(2, 2, 3, 4, 256),
+    zero_pages=0.2,
+    pages=24,
+)
 HUGE_STYLE = Style({"huge": 8, "fill": 4, "mprotect": 2, "mremap": 2}, pages=3 * HUGE + 40, processes=3)
 
 
-def generate(seed: int, nops: int = 60, swap: bool = False, style: str | None = None) -> Program:
-    """A program from a seed; without a style, each seed has its own."""
-    rng = random.Random(f"ksm program {seed} {swap} {style}")
-    name = style or rng.choice(list(STYLES))
-    writer = Writer(rng, HUGE_STYLE if name == "huge" else STYLES[name])
+def generate(seed: int, nops: int = 60, swap: bool = False, style: str | None = None, nodes: int = 1) -> Program:
+    """A program from a seed; without a style, each seed has its own. With several NUMA nodes half are about them."""
+    rng = random.Random(f"ksm program {seed} {swap} {style}" + f" {nodes} nodes" * (nodes > 1))
+    name = style or rng.choice([*STYLES, *["numa"] * len(STYLES)] if nodes > 1 else list(STYLES))
+    writer = Writer(rng, {**STYLES, "huge": HUGE_STYLE, "numa": NUMA_STYLE}[name], nodes)
     writer.settings()
     while len(writer.ops) < nops:
         writer.step()
-    return {"seed": seed, "style": name, "swap": swap, "ops": writer.ops}
+    more = {"nodes": nodes} if nodes > 1 else {}
+    return {"seed": seed, "style": name, "swap": swap, **more, "ops": writer.ops}
 
 
 class Writer:
     """Writes one program, an operation or a few at a time."""
 
-    def __init__(self, rng: random.Random, style: Style) -> None:
+    def __init__(self, rng: random.Random, style: Style, nodes: int = 1) -> None:
         self.rng = rng
         self.style = style
+        self.nodes = nodes
         self.ops: list[Op] = []
         self.names: list[str] = []
         self.born = 0
         self.contents = rng.choice(style.contents)
-        self.often = {**USUALLY, **style.often}
+        self.often = {**USUALLY, "migrate": 3 if nodes > 1 else 0, **style.often}
         if self.often["reclaim"]:
             # What reclaim does to a freed page that a fork shares hangs on the order of the processes' VMAs.
             self.often[rng.choice(["free", "fork"])] = 0
@@ -107,6 +117,8 @@ class Writer:
             self.sysfs_write("smart_scan", 0)
         if rng.random() < 0.5:
             self.sysfs_write("stable_node_chains_prune_millisecs", 0)
+        if self.nodes > 1 and rng.random() < 0.8:
+            self.sysfs_write("merge_across_nodes", 0)
         self.spawn()
         self.fill()
 
@@ -152,7 +164,7 @@ class Writer:
         start, n = self.rng.randrange(8), self.rng.randint(8, 32)
         if self.style.pages >= HUGE:
             start, n = self.rng.choice([0, 0, 3]), self.rng.choice([HUGE, HUGE + 5, 2 * HUGE, 3 * HUGE])
-        self.ops.append(["mmap", name, start, n, 3])
+        self.map(name, start, n, 3)
         if self.style.pages >= HUGE and self.rng.random() < 0.9:
             self.ops.append(["madvise", name, start, n, HUGEPAGE])
         if self.rng.random() < 0.2:
@@ -176,6 +188,14 @@ class Writer:
             [SET_MEMORY_MERGE, 7], [GET_MEMORY_MERGE], [GET_MEMORY_MERGE, 1], [SET_MEMORY_MERGE, 1, 1],
         ])  # fmt: skip
         self.ops.append(["prctl", self.some(), *arguments])
+
+    def map(self, name: str, start: int, n: int, prot: int) -> None:
+        """With several NUMA nodes, on one of them."""
+        node = [self.rng.randrange(self.nodes)] if self.nodes > 1 else []
+        self.ops.append(["mmap", name, start, n, prot, *node])
+
+    def migrate(self) -> None:
+        self.ops.append(["migrate", self.some(), *self.where(), self.rng.randrange(self.nodes)])
 
     # ---- memory --------------------------------------------------------------------------------------
 
@@ -231,7 +251,7 @@ class Writer:
     def mmap(self) -> None:
         name = self.some()
         start, n = self.where()
-        self.ops.append(["mmap", name, start, n, self.rng.choice([3, 3, 3, 3, 1, 0])])
+        self.map(name, start, n, self.rng.choice([3, 3, 3, 3, 1, 0]))
         if self.often["huge"] and self.rng.random() < 0.7:
             self.ops.append(["madvise", name, start, n, HUGEPAGE])
         if self.rng.random() < 0.7:
@@ -317,7 +337,8 @@ _OF_THE_MACHINE: dict[str, Callable[..., Any]] = {
     "reclaim": lambda m: m.reclaim(),
 }
 _OF_A_PROCESS: dict[str, Callable[..., Any]] = {
-    "mmap": lambda p, page, n, prot: p.mmap(n * PAGE, prot, addr=at(page)),
+    "mmap": lambda p, page, n, prot, node=0: p.mmap(n * PAGE, prot, addr=at(page), node=node),
+    "migrate": lambda p, page, n, node: p.migrate(at(page), n * PAGE, node),
     "fill": lambda p, page, numbers: p.write(at(page), b"".join(map(content, numbers))),
     "write": lambda p, page, number, offset=0: p.write(at(page) + offset, content(number)),
     "poke": lambda p, page, offset, byte: p.write(at(page) + offset, bytes([byte])),
@@ -337,7 +358,10 @@ _ANSWERING = {"mmap", "mremap", "prctl"}
 
 def state(machine: Any) -> dict[str, Any]:
     """Every counter, vmstat, and every living process's ksm_stat, flat."""
-    found: dict[str, Any] = {name: int(machine.ksm.read(name)) for name in COUNTERS}
+    found: dict[str, Any] = {}
+    for name in COUNTERS:
+        with suppress(FileNotFoundError):  # not every kernel has all of them
+            found[name] = int(machine.ksm.read(name))
     found |= machine.vmstat
     for name, process in sorted(machine.processes.items()):
         found |= {f"{name}.{key}": value for key, value in process.ksm_stat.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import errno
 import functools
 import os
 import re
@@ -36,6 +37,7 @@ COUNTERS = (
     "pages_skipped",
 )
 CUMULATIVE = ("pages_scanned", "pages_skipped")
+VMSTAT = ("cow_ksm", "ksm_swpin_copy")
 TUNABLES = {
     "run": "0",
     "advisor_mode": "none",
@@ -51,7 +53,7 @@ TUNABLES = {
     "advisor_max_pages_to_scan": "30000",
     "advisor_target_scan_time": "200",
 }
-MMAP, WRITE, READ, MADVISE, MUNMAP, MPROTECT, MREMAP, PRCTL, FORK, EXIT, CHURN = range(1, 12)
+MMAP, WRITE, READ, MADVISE, MUNMAP, MPROTECT, MREMAP, PRCTL, FORK, EXIT, CHURN, MIGRATE, FLUSH = range(1, 14)
 COMMAND = struct.Struct("6Q")
 REPLY = struct.Struct("2q")
 LONGEST = 32 * PAGE  # bytes of data in one command
@@ -67,6 +69,7 @@ class KernelSession:
         self._swap = swap
         self._files: dict[str, int] = {}
         self._sleep = FOREVER_MS
+        self.nodes = host.numa_nodes()
         self.processes: set[RealProcess] = set()
 
     def __enter__(self) -> KernelSession:
@@ -93,24 +96,29 @@ class KernelSession:
         host.require_unused()
         if host.KHUGEPAGED.exists():
             stack.enter_context(host.khugepaged_asleep())
-        for name in [*TUNABLES, *COUNTERS]:
+        for name in [name for name in [*TUNABLES, *COUNTERS] if (SYSFS / name).exists()]:
             self._files[name] = opened(stack, SYSFS / name, os.O_RDWR if name in TUNABLES else os.O_RDONLY)
         self._vmstat = opened(stack, Path("/proc/vmstat"), os.O_RDONLY)
         self._ksmd = opened(stack, host.kernel_thread("ksmd") / "stat", os.O_RDONLY)
         if self._swap:
             stack.enter_context(host.swap_on_zram())
-        found = {name: selected(self.read(name)) for name in TUNABLES}
+        found = {name: selected(self.read(name)) for name in TUNABLES if name in self._files}
         stack.callback(self._restore, stack.enter_context(host.remembered(found)))
         self._start_workers(stack)
         self.write("run", "0")
-        self.write("advisor_mode", "none")
+        self._stop_advisor()
         self._park()
 
     def _start_workers(self, stack: ExitStack) -> None:
-        """The zygote, in a memory host.cgroup of its own; every worker is its descendant."""
-        empty, work = (stack.enter_context(host.cgroup(f"ksm-{os.getpid()}-{which}")) for which in ("empty", "work"))
-        self._flush, self._evict = (opened(stack, group / "memory.force_empty", os.O_WRONLY) for group in (empty, work))
+        """The zygote, in a memory cgroup of its own; every worker is its descendant."""
+        self._groups = host.memory_cgroups()
+        work = stack.enter_context(host.cgroup(self._groups, f"ksm-{os.getpid()}-work"))
+        self._evict = opened(stack, work / self._groups.evict, os.O_WRONLY)
         self._memory = opened(stack, work / "memory.stat", os.O_RDONLY)
+        self._flush: int | None = None
+        if self._groups is host.V1:
+            empty = stack.enter_context(host.cgroup(self._groups, f"ksm-{os.getpid()}-empty"))
+            self._flush = opened(stack, empty / self._groups.evict, os.O_WRONLY)
         self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         stack.callback(self._channel.close)
         with theirs:
@@ -129,25 +137,39 @@ class KernelSession:
         """All tunables as they were; KSM pages must go first, since they forbid changes."""
         self.write("run", "2")
         self.write("run", "0")
-        self.write("advisor_mode", "none")
+        self._stop_advisor()
         for name in sorted(saved, key=["advisor_mode", "run"].count):  # these two last
-            if name != "pages_to_scan" or saved["advisor_mode"] == "none":
+            if name != "pages_to_scan" or saved.get("advisor_mode", "none") == "none":
                 self.write(name, saved[name])
+
+    def _stop_advisor(self) -> None:
+        if self.has("advisor_mode"):
+            self.write("advisor_mode", "none")
 
     # ---- files -----------------------------------------------------------------------------------
 
+    def has(self, name: str) -> bool:
+        """Whether this kernel has the file."""
+        return name in self._files
+
+    def _file(self, name: str) -> int:
+        if name not in self._files:
+            raise FileNotFoundError(errno.ENOENT, "this kernel has no such file", str(SYSFS / name))
+        return self._files[name]
+
     def read(self, name: str) -> str:
-        return os.pread(self._files[name], PAGE, 0).decode()
+        return os.pread(self._file(name), PAGE, 0).decode()
 
     def write(self, name: str, text: str | bytes) -> None:
-        os.pwrite(self._files[name], text.encode() if isinstance(text, str) else text, 0)
+        os.pwrite(self._file(name), text.encode() if isinstance(text, str) else text, 0)
 
     def number(self, name: str) -> int:
-        return int(os.pread(self._files[name], 64, 0))
+        return int(os.pread(self._file(name), 64, 0))
 
     def vmstat(self) -> dict[str, int]:
         text = os.pread(self._vmstat, 65536, 0)
-        return {name: number_after(text, b"\n%s " % name.encode()) for name in ("cow_ksm", "ksm_swpin_copy")}
+        names = [name for name in VMSTAT if b"\n%s " % name.encode() in text]
+        return {name: number_after(text, b"\n%s " % name.encode()) for name in names}
 
     # ---- stepping --------------------------------------------------------------------------------
 
@@ -162,7 +184,10 @@ class KernelSession:
 
     def flush(self) -> None:
         """Empty the per-CPU lists that hold an extra reference on fresh pages."""
-        os.write(self._flush, b"0")
+        if self._flush is None:
+            self._ask_zygote(FLUSH)
+        else:
+            os.write(self._flush, b"0")
 
     def _park(self) -> None:
         """Move ksmd from its sleep between batches to its sleep until `run` changes."""
@@ -179,18 +204,24 @@ class KernelSession:
         self.flush()
         seen: list[int] = []
         while len(seen) < 3 or len(set(seen[-3:])) > 1:
-            self._channel.send(COMMAND.pack(CHURN, 0, 0, 0, 0, 0))
-            receive(self._channel)
-            seen.append(number_after(os.pread(self._memory, 8192, 0), b"\ntotal_rss "))
+            self._ask_zygote(CHURN)
+            seen.append(number_after(b"\n" + os.pread(self._memory, 8192, 0), b"\n%s " % self._groups.resident))
             with suppress(BlockingIOError):
-                os.write(self._evict, b"0")
+                os.write(self._evict, self._groups.everything)
+
+    def _ask_zygote(self, op: int) -> None:
+        self._channel.send(COMMAND.pack(op, 0, 0, 0, 0, 0))
+        _, error, _ = receive(self._channel)
+        if error:
+            raise OSError(error, os.strerror(error))
 
     def require_idle(self) -> None:
         """ksmd must find nothing registered: only then do counters start from nothing."""
+        watched = [name for name in ("full_scans", "pages_scanned") if self.has(name)]
         for _ in range(100):
-            before = self.number("full_scans"), self.number("pages_scanned")
+            before = [self.number(name) for name in watched]
             self.step(1)
-            if (self.number("full_scans"), self.number("pages_scanned")) == before:
+            if [self.number(name) for name in watched] == before:
                 return
             self.write("run", "2")
             self.write("run", "0")
@@ -226,6 +257,8 @@ def number_after(text: bytes, name: bytes) -> int:
 @functools.cache
 def worker() -> Path:
     """The compiled worker; it goes with this process."""
+    if host.WORKER in os.environ:
+        return Path(os.environ[host.WORKER])
     directory = tempfile.TemporaryDirectory(prefix="ksm-worker-")
     path = Path(directory.name) / "worker"
     source = Path(__file__).with_name("worker.c")
@@ -252,7 +285,7 @@ class RealProcess:
 
     def __init__(self, machine: RealMachine, name: str, pid: int, channel: socket.socket) -> None:
         self.machine, self.name, self.pid, self._channel = machine, name, pid, channel
-        self._stat = os.open(f"/proc/{pid}/ksm_stat", os.O_RDONLY)
+        self._stat = host.opened_if_there(Path(f"/proc/{pid}/ksm_stat"))
         machine.session.processes.add(self)
 
     def _call(self, op: int, *numbers: int, data: bytes = b"") -> tuple[int, bytes]:
@@ -264,9 +297,15 @@ class RealProcess:
         return value, rest
 
     def mmap(self, length: int, prot: int = 3, addr: int | None = None, node: int = 0) -> int:
-        if addr is None or node:
-            raise NotImplementedError("the kernel is asked at fixed addresses, on its only node")
-        return self._call(MMAP, addr, length, prot)[0]
+        if addr is None:
+            raise NotImplementedError("the kernel is asked at fixed addresses")
+        nodes = self.machine.session.nodes
+        if not 0 <= node < nodes:
+            raise NotImplementedError(f"node {node} of {nodes}")
+        return self._call(MMAP, addr, length, prot, node + 1 if nodes > 1 else 0)[0]
+
+    def migrate(self, addr: int, length: int, node: int) -> None:
+        self._call(MIGRATE, addr, length, node)
 
     def write(self, addr: int, data: bytes) -> None:
         for i in range(0, len(data), LONGEST):
@@ -304,12 +343,15 @@ class RealProcess:
     def close(self) -> None:
         """Let go of a worker that is no more."""
         self._channel.close()
-        os.close(self._stat)
+        if self._stat is not None:
+            os.close(self._stat)
         self.machine.session.processes.discard(self)
         del self.machine.processes[self.name]
 
     @property
     def ksm_stat(self) -> dict[str, int | bool]:
+        if self._stat is None:
+            return {}
         words = os.pread(self._stat, PAGE, 0).decode().replace(":", "").split()
         pairs = zip(words[::2], words[1::2], strict=True)
         return {name: value == "yes" if value in ("yes", "no") else int(value) for name, value in pairs}
@@ -321,7 +363,7 @@ class RealSysfs:
     def __init__(self, session: KernelSession) -> None:
         self._session = session
         self.logical = {"run": 0, "pages_to_scan": 100, "sleep_millisecs": 20}
-        self.base = {name: session.number(name) for name in CUMULATIVE}
+        self.base = {name: session.number(name) for name in CUMULATIVE if session.has(name)}
 
     def read(self, name: str) -> str:
         if name in self.logical:
@@ -380,9 +422,9 @@ class RealMachine:
         session.write("run", "2")
         session.write("run", "0")
         for name, value in TUNABLES.items():
-            if name not in ("run", "sleep_millisecs"):
+            if name not in ("run", "sleep_millisecs") and session.has(name):
                 session.write(name, value)
-        left = {name: session.number(name) for name in COUNTERS if name not in CUMULATIVE}
+        left = {name: session.number(name) for name in COUNTERS if name not in CUMULATIVE and session.has(name)}
         if any(left.values()):
             raise Unavailable(f"KSM is not empty at the start: {left}")
         session.require_idle()

@@ -22,7 +22,12 @@
 #define ARENA_END 0x110000000000ull
 #define MAX_DATA (32 * 4096)
 
-enum { MMAP = 1, WRITE, READ, MADVISE, MUNMAP, MPROTECT, MREMAP, PRCTL, FORK, EXIT, CHURN };
+#define PAGE 4096
+#define BIND 2 /* of <linux/mempolicy.h>, which not every system has */
+#define MOVE_ALL 4
+#define MAX_MOVED 64
+
+enum { MMAP = 1, WRITE, READ, MADVISE, MUNMAP, MPROTECT, MREMAP, PRCTL, FORK, EXIT, CHURN, MIGRATE, FLUSH };
 
 struct command { uint64_t op, a, b, c, d, e; };
 struct reply { int64_t value; int64_t error; };
@@ -109,6 +114,40 @@ static void churn(void)
 	munmap(p, length);
 }
 
+/* Memory at a fixed address; with `node` counted from 1, all its frames come from that NUMA node. */
+static int64_t map(uint64_t node)
+{
+	uint64_t start = in.c.a, length = in.c.b, mask = 1ull << (node - 1);
+	int64_t got = syscall(SYS_mmap, start, length, in.c.c, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED | MAP_NORESERVE, -1, 0);
+	if (got >= 0 && node && syscall(SYS_mbind, start, length, BIND, &mask, 64, 0) < 0) return -1;
+	return got;
+}
+
+/* Move the frames of a range to a NUMA node, for all who map them; those that cannot move stay. */
+static int64_t migrate(uint64_t start, uint64_t length, int node)
+{
+	void *pages[MAX_MOVED];
+	int nodes[MAX_MOVED], status[MAX_MOVED];
+	for (uint64_t done = 0; done < length;) {
+		int n = 0;
+		for (; n < MAX_MOVED && done < length; ++n, done += PAGE) {
+			pages[n] = (void *)(start + done);
+			nodes[n] = node;
+		}
+		/* more than 0: so many did not move; ENOENT: none of them is there */
+		if (syscall(SYS_move_pages, 0, n, pages, nodes, status, MOVE_ALL) < 0 && errno != ENOENT) return -1;
+	}
+	return 0;
+}
+
+/* A move of a page to where it is: before any, the kernel empties the per-CPU lists of fresh pages. */
+static int64_t flush(void)
+{
+	void *page = (void *)((uintptr_t)&in & ~(uintptr_t)(PAGE - 1));
+	int node = 0, status;
+	return syscall(SYS_move_pages, 0, 1, &page, &node, &status, 2) < 0 ? -1 : 0;
+}
+
 int main(int count, char **arguments)
 {
 	if (count != 2) return 2;
@@ -131,10 +170,7 @@ int main(int count, char **arguments)
 		size_t size = sizeof out.r;
 		if (recvmsg(CHANNEL, &message, 0) < (ssize_t)sizeof in.c) _exit(0);
 		switch (in.c.op) {
-		case MMAP:
-			answer(syscall(SYS_mmap, in.c.a, in.c.b, in.c.c,
-				       MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED | MAP_NORESERVE, -1, 0));
-			break;
+		case MMAP: answer(map(in.c.d)); break;
 		case WRITE: access_memory(1); break;
 		case READ: access_memory(0); size += in.c.b; break;
 		case MADVISE: answer(syscall(SYS_madvise, in.c.a, in.c.b, in.c.c)); break;
@@ -160,6 +196,8 @@ int main(int count, char **arguments)
 			break;
 		}
 		case CHURN: churn(); answer(0); break;
+		case MIGRATE: answer(migrate(in.c.a, in.c.b, in.c.c)); break;
+		case FLUSH: answer(flush()); break;
 		case EXIT: _exit(0);
 		default: errno = ENOSYS; answer(-1);
 		}
