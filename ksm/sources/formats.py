@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from ksm.errors import SourceError
-from ksm.sources import elf, lime
+from ksm.sources import elf, flattened, kdump, lime, migration
 from ksm.sources.compression import StreamData, compression_of
 from ksm.sources.data import Data, FileData
 from ksm.sources.image import Image
@@ -35,6 +35,18 @@ class Format:
 
 FORMATS: tuple[Format, ...] = (
     Format("ELF core", (elf.SIGNATURE,), "QEMU dump-guest-memory, virsh dump --memory-only, gcore", elf.ElfImage),
+    Format(
+        "kdump-compressed",
+        (kdump.SIGNATURE, flattened.SIGNATURE),
+        "QEMU dump-guest-memory -z -l -s, virsh dump --format kdump-*, makedumpfile",
+        kdump.KdumpImage,
+    ),
+    Format(
+        "QEMU migration stream",
+        (migration.SIGNATURE, migration.LIBVIRT),
+        "QEMU migrate to a file, virsh save, virsh managedsave",
+        migration.MigrationImage,
+    ),
     Format("LiME", (lime.LIME,), "LiME, AVML", lime.LimeImage),
     Format("AVML, compressed", (lime.AVML,), "AVML --compress", lime.AvmlImage),
     Format("raw", (), "QEMU pmemsave, Firecracker, cloud-hypervisor, VMware .vmem, memory-backing files", RawImage),
@@ -83,14 +95,14 @@ def read_file(file: FileData, page_size: int = 4096) -> Image:
     'raw'
     """
     data: Data = file
-    packed = None
+    around: list[str] = []
     try:
+        while wrapping := _wrapping(data, data.head(0, _HEAD)):
+            if wrapping[0] in around or len(around) == _MOST_LAYERS:
+                raise SourceError(f"{data.name}: {wrapping[0]} inside {around[-1]}; unpack it once")
+            around.insert(0, wrapping[0])
+            data = wrapping[1]()
         head = data.head(0, _HEAD)
-        if packed := compression_of(head):
-            data = StreamData(file, packed)
-            head = data.head(0, _HEAD)
-            if compression_of(head):
-                raise SourceError(f"{data.name}: compressed twice, {packed.name} on the outside; unpack it once")
         for signature, kind in _OTHERS.items():
             if head.startswith(signature):
                 raise SourceError(f"{data.name}: {kind}, which cannot be read; `ksm formats` lists what can")
@@ -100,6 +112,25 @@ def read_file(file: FileData, page_size: int = 4096) -> Image:
         data.close()
         file.close()
         raise
-    if packed:
-        image.format = f"{image.format}, {packed.name}"
+    image.format = ", ".join([image.format, *around])
     return image
+
+
+_MOST_LAYERS = 3  # such as a compressed stream in a libvirt save file
+
+
+def _wrapping(data: Data, head: bytes) -> tuple[str, Callable[[], Data]] | None:
+    """What is around the image, and how to get at what is inside."""
+    if packed := compression_of(head):
+        return packed.name, lambda: StreamData(_as_file(data), packed)
+    if head.startswith(flattened.SIGNATURE):
+        return "flattened", lambda: flattened.FlatData(data)
+    if head.startswith(migration.LIBVIRT):
+        return "libvirt save file", lambda: migration.inside_libvirt(data)
+    return None
+
+
+def _as_file(data: Data) -> FileData:
+    if not isinstance(data, FileData):
+        raise SourceError(f"{data.name}: compressed twice; unpack it once")
+    return data

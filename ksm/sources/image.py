@@ -17,6 +17,8 @@ Pages: TypeAlias = npt.NDArray[np.uint8]
 Present: TypeAlias = npt.NDArray[np.bool_]
 Block: TypeAlias = tuple[int, Pages, Present | None]
 
+Numbers: TypeAlias = npt.NDArray[np.int64]
+
 BLOCK_BYTES = 32 << 20  # of pages in one block: enough for the hashing threads, little beside the image
 
 
@@ -92,6 +94,20 @@ class Image(ABC):
 
     def __repr__(self) -> str:
         return f"<ksm.{type(self).__name__} {self.name!r}, {self.npages:,} pages>"
+
+
+def spans(numbers: Numbers, longest: int, gap: int = 16) -> Iterator[tuple[int, int]]:
+    """Parts [first, last) of ascending page numbers that make a block each: without a long gap, and not too long.
+
+    >>> list(spans(np.array([1, 2, 5, 100, 101, 102]), longest=2))
+    [(0, 2), (2, 3), (3, 5), (5, 6)]
+    """
+    first = 0
+    for last in [*(np.flatnonzero(np.diff(numbers) > gap) + 1).tolist(), len(numbers)]:
+        while first < last:
+            stop = first + int(np.searchsorted(numbers[first:last], numbers[first] + longest))
+            yield first, stop
+            first = stop
 
 
 class ArrayImage(Image):

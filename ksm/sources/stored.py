@@ -90,7 +90,7 @@ class StoredImage(Image):
         self.datas = tuple(datas)
         left_out = dict(excluded or {})
         whole = list(_whole_pages(extents, page_size, left_out))
-        wanted = _disjoint(whole)
+        wanted = disjoint(whole)
         total = sum(extent.length for extent in wanted)
         again = (sum(extent.length for extent in whole) - total) // page_size
         if again:
@@ -190,8 +190,12 @@ def _whole_pages(extents: Iterable[Extent], page_size: int, left_out: dict[str, 
             yield extent.cut(start, end)
 
 
-def _disjoint(extents: list[Extent]) -> list[Extent]:
-    """By ascending address, without overlap; of what several have, the first one's. O(n log n)."""
+def disjoint(extents: list[Extent]) -> list[Extent]:
+    """By ascending address, without overlap; of what several have, the first one's. O(n log n).
+
+    >>> disjoint([Extent(8, 0, 8), Extent(0, 100, 12)])
+    [Extent(address=0, offset=100, length=8, data=0), Extent(address=8, offset=0, length=8, data=0)]
+    """
     ranked = sorted(enumerate(extents), key=lambda pair: pair[1].address)
     if all(before[1].end <= after[1].address for before, after in itertools.pairwise(ranked)):
         return [extent for _, extent in ranked]
