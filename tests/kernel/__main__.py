@@ -27,7 +27,7 @@ def turn(comparison: Comparison) -> None:
 def main() -> int:
     options = parser("tests.kernel", __doc__)
     options.add_argument("--wait", type=float, default=10, help="seconds, until others' registered memory is gone")
-    comparison = Comparison(options.parse_args())
+    comparison = Comparison(options.parse_args(), keep=True)
     host.PATIENCE_WITH_OTHERS = comparison.arguments.wait
     try:
         while not comparison.finished():

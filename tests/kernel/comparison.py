@@ -41,10 +41,11 @@ def without_newer_fields(run: compare.Runner, kernel: str) -> compare.Runner:
 
 
 class Comparison:
-    """A number of programs, one after the other."""
+    """A number of programs, one after the other; those that differ on the host's own kernel are kept."""
 
-    def __init__(self, arguments: argparse.Namespace) -> None:
+    def __init__(self, arguments: argparse.Namespace, keep: bool) -> None:
         self.arguments = arguments
+        self.keep = keep
         self.done = self.differed = self.unsteady = self.operations = 0
         self.start = time.monotonic()
 
@@ -66,9 +67,20 @@ class Comparison:
             print(f"{program['style']} {program['seed']}: not so the second time\n{report}", flush=True)
         else:
             self.differed += 1
-            show(program, kernel, ours)
+            self.show(program, kernel, ours)
         if self.done % 500 == 0:
             print(self, flush=True)
+
+    def show(self, program: Program, kernel: compare.Runner, ours: compare.Runner) -> None:
+        """Shrink a program that differs, print it, keep it."""
+        small = compare.shrink(program, lambda p: compare.difference(p, kernel, ours) is not None)
+        report = compare.difference(small, kernel, ours) or "not repeatable"
+        print(f"{program['style']} {program['seed']}: shrunk to {len(small['ops'])} operations")
+        for op in small["ops"]:
+            print(f"   {op}")
+        print(report, flush=True)
+        if self.keep:
+            print(f"kept as {compare.keep(small, report)}", flush=True)
 
     @property
     def verdict(self) -> int:
@@ -82,17 +94,6 @@ class Comparison:
             f"{self.differed} differed, {self.unsteady} did not repeat on the kernel; "
             f"{took:.1f} s, {took / max(1, self.done) * 1000:.0f} ms a program"
         )
-
-
-def show(program: Program, kernel: compare.Runner, ours: compare.Runner) -> None:
-    """Shrink a program that differs, print it, keep it."""
-    small = compare.shrink(program, lambda p: compare.difference(p, kernel, ours) is not None)
-    report = compare.difference(small, kernel, ours) or "not repeatable"
-    print(f"{program['style']} {program['seed']}: shrunk to {len(small['ops'])} operations")
-    for op in small["ops"]:
-        print(f"   {op}")
-    print(report)
-    print(f"kept as {compare.keep(small, report)}", flush=True)
 
 
 def parser(name: str, description: str | None) -> argparse.ArgumentParser:

@@ -1,16 +1,14 @@
-"""`python -m tests.kernel.guest --kernel VMLINUZ --nodes 2`: random programs on a guest's kernel, and on ours."""
+"""`python -m tests.kernel.guest --nodes 2`: random programs on the kernel of a guest in QEMU, and on ours."""
 
 from __future__ import annotations
 
-import os
 import sys
 import tempfile
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests import guests
-from tests.kernel import compare
+from tests.kernel import boot, compare
 from tests.kernel.agent import pack, unpack
 from tests.kernel.comparison import Comparison, parser
 from tests.kernel.host import WORKER
@@ -24,7 +22,7 @@ MEBIBYTES = 500  # with more, the kernel would make huge pages on its own accoun
 class Judge:
     """The kernel of a running guest."""
 
-    def __init__(self, guest: guests.Guest) -> None:
+    def __init__(self, guest: boot.Guest) -> None:
         self._guest = guest
         hello = unpack(guest.receive())
         self.release: str = hello["kernel"]
@@ -44,7 +42,7 @@ def initramfs(directory: Path) -> Path:
     """A guest's files, with the agent as its program."""
     root = directory / "root"
     root.mkdir()
-    tree = guests.Tree(root)
+    tree = boot.Tree(root)
     agent = tree.add_python("tests.kernel.agent", HERE)
     tree.add(worker(), Path("/bin/ksm-worker"))
     archive = directory / "initramfs"
@@ -57,25 +55,23 @@ def booted(kernel: Path, nodes: int = 1, log: Path | None = None) -> Iterator[Ju
     """A kernel that judges."""
     with tempfile.TemporaryDirectory(prefix="ksm-guest-") as directory:
         archive = initramfs(Path(directory))
-        with guests.Guest(kernel, archive, nodes, MEBIBYTES, log) as guest:
+        with boot.Guest(kernel, archive, nodes, MEBIBYTES, log) as guest:
             yield Judge(guest)
 
 
 def main() -> int:
     options = parser("tests.kernel.guest", __doc__)
-    options.add_argument("--kernel", type=Path, help=f"to boot; else {guests.KERNEL}, or the newest of /boot")
+    options.add_argument("--kernel", default=boot.KERNEL, help="a file, or a Debian package (default: %(default)s)")
     options.add_argument("--nodes", type=int, default=1, help="NUMA nodes of the guest")
     options.add_argument("--log", type=Path, help="where the guest's console goes")
-    comparison = Comparison(options.parse_args())
+    comparison = Comparison(options.parse_args(), keep=False)
     a = comparison.arguments
-    if a.kernel:
-        os.environ[guests.KERNEL] = str(a.kernel)
-    reason = guests.why_not()
+    reason = boot.why_not(a.kernel)
     if reason:
         print(f"cannot run: {reason}")
         return 77
     try:
-        with booted(guests.kernel_image(), a.nodes, a.log) as judge:
+        with booted(boot.kernel_image(a.kernel), a.nodes, a.log) as judge:
             print(f"{judge.release}, {judge.nodes} nodes", flush=True)
             while not comparison.finished():
                 comparison.one(judge.run, judge.release, judge.nodes)

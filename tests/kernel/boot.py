@@ -1,6 +1,6 @@
 """Guests: a Linux kernel in QEMU, whose only file system holds a Python program and what it needs.
 
-Each guest is emulated (KVM where the host has it), has its memory out of the host's KSM, and talks over a serial line.
+Each guest is emulated, has its memory out of the host's KSM, and talks over a serial line.
 """
 
 from __future__ import annotations
@@ -20,9 +20,11 @@ from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 
+from tests.debian import NoPackage, unpacked
+
 QEMU = "qemu-system-x86_64"
-KERNEL = "KSM_TESTS_KERNEL"
-"""The environment variable that names the kernel to boot; else the newest Debian cloud kernel of /boot is taken."""
+KERNEL = "linux-image-cloud-amd64"
+"""The Debian package of the kernel that is booted unless another is named."""
 BOOT_SECONDS = 120.0
 
 INIT = """#!/bin/busybox sh
@@ -39,38 +41,29 @@ poweroff -f
 """
 
 
-class NoGuest(Exception):
-    """Guests cannot be booted here; the message says why."""
-
-
-def kernel_image() -> Path:
-    """The kernel to boot."""
-    if KERNEL in os.environ:
-        return Path(os.environ[KERNEL])
-    found = [path for path in Path("/boot").glob("vmlinuz-*-cloud-amd64") if os.access(path, os.R_OK)]
-    if not found:
-        raise NoGuest(f"no kernel: install linux-image-cloud-amd64, or name a file in {KERNEL}")
-    return max(found, key=lambda path: [int(number) for number in re.findall(r"\d+", path.name)])
+def kernel_image(kernel: str = KERNEL) -> Path:
+    """The kernel to boot: a file, or that of a Debian package."""
+    if os.path.isfile(kernel):
+        return Path(kernel)
+    return next(unpacked(kernel).glob("boot/vmlinuz-*"))
 
 
 def busybox() -> Path:
     """A static busybox."""
-    for path in (Path("/bin/busybox"), Path("/usr/bin/busybox")):
-        if path.exists() and not libraries(path):
-            return path
-    raise NoGuest("no static busybox: install busybox-static")
+    return next(unpacked("busybox-static").glob("**/bin/busybox"))
 
 
-def why_not() -> str | None:
+def why_not(kernel: str = KERNEL) -> str | None:
     """Why no guest can be booted here; None: it can be tried."""
     if sys.platform != "linux" or os.uname().machine != "x86_64":
         return "guests have this machine's Python, and x86-64 kernels"
-    if shutil.which(QEMU) is None:
-        return f"no {QEMU}"
+    missing = [tool for tool in (QEMU, "setpriv") if shutil.which(tool) is None]
+    if missing:
+        return f"no {', '.join(missing)}"
     try:
         busybox()
-        kernel_image()
-    except NoGuest as reason:
+        kernel_image(kernel)
+    except NoPackage as reason:
         return str(reason)
     return None
 
