@@ -22,6 +22,49 @@ _BUILT_IN = "built in: measured on Linux 6.18 on an AMD EPYC virtual machine"
 
 
 @dataclass(frozen=True, slots=True)
+class Work:
+    """What ksmd did, as far as it costs: counts from some moment on.
+
+    >>> Work(hashed=5) - Work(hashed=2)
+    Work(hashed=3, levels=0, merges=0, already=0, stable_levels=0, deep_levels=0, skipped=0)
+    """
+
+    hashed: int = 0
+    """Pages hashed."""
+    levels: int = 0
+    """Levels of unstable trees descended."""
+    merges: int = 0
+    """Pages merged."""
+    already: int = 0
+    """Visits to merged pages."""
+    stable_levels: int = 0
+    """Levels of stable trees descended."""
+    deep_levels: int = 0
+    """Levels of both kinds beyond the first 8 of their trees."""
+    skipped: int = 0
+    """Pages that smart scan skipped."""
+
+    def __sub__(self, earlier: Work) -> Work:
+        return Work(  # spelt out: this is done for every batch of a simulation
+            self.hashed - earlier.hashed,
+            self.levels - earlier.levels,
+            self.merges - earlier.merges,
+            self.already - earlier.already,
+            self.stable_levels - earlier.stable_levels,
+            self.deep_levels - earlier.deep_levels,
+            self.skipped - earlier.skipped,
+        )
+
+    def to_dict(self) -> dict[str, int]:
+        """All of it, for JSON.
+
+        >>> Work(merges=2).to_dict()["merges"]
+        2
+        """
+        return {name.name: getattr(self, name.name) for name in fields(self)}
+
+
+@dataclass(frozen=True, slots=True)
 class CostModel:
     """What ksmd's work costs in CPU nanoseconds, and how it sleeps.
 
@@ -86,6 +129,23 @@ class CostModel:
             + merges * self.merge_ns
             + already * self.merged_ns
             + skipped * self.skip_ns
+        )
+
+    def of(self, work: Work, page_size: int = 4096) -> float:
+        """CPU nanoseconds of work that was counted.
+
+        >>> CostModel(merge_ns=5.0).of(Work(merges=2))
+        10.0
+        """
+        return self.nanoseconds(
+            work.hashed,
+            work.levels,
+            work.merges,
+            work.already,
+            page_size,
+            stable_levels=work.stable_levels,
+            deep_levels=work.deep_levels,
+            skipped=work.skipped,
         )
 
     def search_ns(self, size: float) -> float:

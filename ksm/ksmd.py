@@ -10,7 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 from ksm._core import Engine, FramesExhausted
 from ksm.constants import RMAP_ITEM_BYTES
-from ksm.cost import CostModel as CostModel  # where others look for it too
+from ksm.cost import CostModel as CostModel  # others look for it here, too
+from ksm.cost import Work
 from ksm.errors import OutOfMemoryError, kernel_error
 from ksm.sysfs import Profile
 
@@ -92,22 +93,11 @@ class Ksmd:
         """One batch of the engine, with its CPU time and the advisor's part in it."""
         engine = self._engine
         engine.tick = self._now * self.cost.hz // _NS
-        before = _work(engine)
+        before = self.work
         if not engine.in_pass:
             self._advisor.start(self._now, self._cpu)
         done: int = engine.scan_batch(pages)
-        work = (now - then for now, then in zip(_work(engine), before, strict=True))
-        hashed, levels, merges, already, stable, deep, skipped = work
-        self._cpu += self.cost.nanoseconds(
-            hashed,
-            levels,
-            merges,
-            already,
-            engine.page_size,
-            stable_levels=stable,
-            deep_levels=deep,
-            skipped=skipped,
-        )
+        self._cpu += self.cost.of(self.work - before, engine.page_size)
         if done == _PASS_ENDED and self._values.get("advisor_mode"):
             self._values["pages_to_scan"] = self._advisor.stop(self._now, self._cpu, self._values)
         return done
@@ -133,6 +123,25 @@ class Ksmd:
         0.0
         """
         return self._cpu / _NS
+
+    @property
+    def work(self) -> Work:
+        """What it has done so far that the cost model charges for.
+
+        >>> from ksm import Machine
+        >>> Machine().ksmd.work.hashed
+        0
+        """
+        engine = self._engine
+        return Work(
+            engine.hashed,
+            engine.unstable_levels,
+            engine.merges,
+            engine.already,
+            engine.stable_levels,
+            engine.deep_levels,
+            engine.pages_skipped,
+        )
 
     def run_for(self, seconds: float) -> None:
         """Let simulated time pass; equal however it is cut into calls.
@@ -270,19 +279,6 @@ _ENGINE_TUNABLES = (
     "smart_scan",
     "stable_node_chains_prune_millisecs",
 )
-
-
-def _work(engine: Engine) -> tuple[int, ...]:
-    """What `CostModel.nanoseconds` is asked about, counted since the engine was made."""
-    return (
-        engine.hashed,
-        engine.unstable_levels,
-        engine.merges,
-        engine.already,
-        engine.stable_levels,
-        engine.deep_levels,
-        engine.pages_skipped,
-    )
 
 
 class ScanTimeAdvisor:

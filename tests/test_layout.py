@@ -37,6 +37,8 @@ LAYERS = [
     {"estimate", "advise", "trace", "tune"},
     {"simulation"},
     {"plan", "sweep"},
+    {"patterns"},
+    {"calibrate"},
     {"ksm"},  # the public names
     {"fleet"},
     {"report"},

@@ -20,6 +20,7 @@ from ksm.errors import KsmError
 _COMMANDS: Mapping[str, str] = MappingProxyType(
     {
         "advise": "What KSM is doing on this host, and what to do about it.",
+        "calibrate": "Measure what ksmd's work costs on this host, for simulate.",
         "demo": "Show it at work on eight live processes, beside the kernel's own counters.",
         "estimate": "What KSM would save on these images or processes.",
         "record": "Record what memory holds over time, to replay it under any tunables.",
