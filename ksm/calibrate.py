@@ -6,7 +6,7 @@ import os
 import platform
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -140,9 +140,10 @@ def require_alone(host: Host) -> None:
     Traceback (most recent call last):
     ksm.errors.UnsupportedError: ...
     """
-    host.ksm.write("run", host.ksm.read("run"))
+    ksm = host.ksm
     host.ksmd_cpu_seconds()
     with host.lock(_LOCK_SECONDS):
+        ksm.write("run", ksm.read("run"))
         others = [f"{process.name} ({process.pid})" for process in host.processes(skip_unreadable=True)]
     if others:
         raise UnsupportedError(f"KSM is in use here, by {', '.join(others[:5])}: ksmd's time would be theirs too")
@@ -221,8 +222,8 @@ def machine_of(
     return machine
 
 
-def observe(host: Host, kind: str, n: int, rounds: int = 3) -> list[Observation]:
-    """Passes of the kernel's ksmd over n pages of a kind, the least time of several rounds, with their work.
+def observe(host: Host, kind: str, n: int) -> list[Observation]:
+    """Passes of the kernel's ksmd over n pages of a kind, with their work.
 
     Raises:
         DisagreementError: the kernel's counters are not those that the simulation of the same pages gives.
@@ -233,33 +234,42 @@ def observe(host: Host, kind: str, n: int, rounds: int = 3) -> list[Observation]
     """
     pages = filled(kind, n, page_size=host.page_size)
     machine = machine_of(fingerprint(pages), host.kernel.version, page_size=host.page_size)
-    took = [kernel_passes(host, pages) for _ in range(rounds)]
+    kernel = kernel_passes(host, pages)
     found = []
     before = machine.ksmd.work
-    for number in range(PASSES):
+    for number, (seconds, theirs) in enumerate(zip(kernel.seconds, kernel.counters, strict=True), 1):
         machine.ksmd.scan()
         ours, work = counters(machine.ksm), machine.ksmd.work
-        for one in took:
-            if one.counters[number] != ours:
-                raise DisagreementError(
-                    f"pass {number + 1} over {n:,} {kind} pages: the kernel says {one.counters[number]}, ksm {ours}"
-                )
-        seconds = min(one.seconds[number] for one in took)
-        found.append(Observation(kind, n, number + 1, work - before, seconds, host.page_size))
+        if theirs != ours:
+            raise DisagreementError(f"pass {number} over {n:,} {kind} pages: the kernel says {theirs}, ksm {ours}")
+        found.append(Observation(kind, n, number, work - before, seconds, host.page_size))
         before = work
     return found
 
 
 def observe_all(
-    host: Host, memories: Iterable[tuple[str, float]], memory: int, rounds: int
-) -> Iterator[list[Observation]]:
-    """`observe` each of (kind, share of `memory` bytes).
+    host: Host,
+    memories: Sequence[tuple[str, float]],
+    memory: int,
+    rounds: int = 3,
+    progress: Callable[[int, int], object] | None = None,
+) -> list[Observation]:
+    """`observe` each of (kind, share of `memory` bytes) once a round; the least time of each pass counts.
 
-    >>> [len(found) for found in observe_all(Host(), [("unique", 0.5)], 1 << 24, 1)]  # doctest: +SKIP
-    [5]
+    The rounds go over all memories, so that what disturbs the host for a while meets one round of each at most.
+
+    >>> len(observe_all(Host(), [("unique", 0.5)], 1 << 24, 1))  # doctest: +SKIP
+    5
     """
-    for kind, share in memories:
-        yield observe(host, kind, max(1, int(memory * share) // host.page_size), rounds)
+    least: dict[tuple[str, int, int], Observation] = {}
+    for done in range(rounds * len(memories)):
+        kind, share = memories[done % len(memories)]
+        for one in observe(host, kind, max(1, int(memory * share) // host.page_size)):
+            key = (one.kind, one.pages, one.number)
+            least[key] = min(one, least.get(key, one), key=lambda each: each.seconds)
+        if progress is not None:
+            progress(done + 1, rounds * len(memories))
+    return list(least.values())
 
 
 # ---- the fit ---------------------------------------------------------------------------------------------------

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ksm.constants import MADV_MERGEABLE
+from ksm.cost import CostModel
 from ksm.errors import UnsupportedError
 from ksm.estimate import Estimate, Source, Zeros, estimate, snapshots
 from ksm.machine import Machine, Process
@@ -95,6 +96,8 @@ class Simulation:
     """One content in so many took part: what was counted is multiplied by it."""
     settled_error_bytes: float = 0.0
     """One standard error of the settled saving, from sampling alone."""
+    cost: CostModel = field(default_factory=CostModel)
+    """What ksmd's CPU time was charged by."""
 
     @property
     def cpu_share(self) -> float:
@@ -122,7 +125,7 @@ class Simulation:
     def to_dict(self) -> dict[str, Any]:
         """All of it, for JSON.
 
-        >>> sorted(simulate([b"x" * 8192], seconds=1, every=0.5).to_dict())[0]
+        >>> sorted(simulate([b"x" * 8192], seconds=1, every=0.5).to_dict())[1]
         'ksmd_cpu_share'
         """
         return {
@@ -133,6 +136,7 @@ class Simulation:
             "mean_saved_bytes": self.mean_saved_bytes,
             "sample_of": self.sample_of,
             "tunables": self.tunables,
+            "cost_model": self.cost.to_dict(),
             "samples": [asdict(sample) for sample in self.samples],
         }
 
@@ -149,6 +153,7 @@ def simulate(
     marked_only: bool = False,
     page_size: int | None = None,
     threads: int | None = None,
+    cost: CostModel | None = None,
     reading: Show | None = None,
     progress: Show | None = None,
 ) -> Simulation:
@@ -161,6 +166,7 @@ def simulate(
         tunables: attribute -> value, written before ksmd starts; others have the kernel's defaults.
         kernel: whose rules and defaults.
         zeros: as for `ksm.estimate`; so `nodes`, `marked_only`, `page_size` and `threads`, for sources only.
+        cost: what ksmd's CPU time is charged by; None: the built-in model, so that answers are the same everywhere.
         reading: called with (pages read, pages in all).
         progress: called with (samples done, samples in all).
 
@@ -175,21 +181,22 @@ def simulate(
     """
     if not 0 < every <= seconds * 1e9 or seconds / every > _MOST_SAMPLES:
         raise ValueError(f"{seconds / every:,.0f} samples are too many; every can be {seconds / _MOST_SAMPLES:g} s")
+    cost = cost or CostModel()
     subject: _Subject
     if isinstance(sources, Trace):
         if nodes is not None or marked_only:
             raise ValueError("nodes and marked_only are for sources; a trace has what was recorded")
-        subject = _Moving(sources, kernel, zeros, tunables or {})
+        subject = _Moving(sources, kernel, zeros, tunables or {}, cost)
     else:
         if nodes is not None and len(nodes) != len(sources):
             raise ValueError(f"{len(nodes)} nodes for {len(sources)} sources")
         subject = _Still(sources, kernel, zeros, tunables or {}, nodes, marked_only, page_size, threads, reading)
+        subject.machine.ksmd.cost = cost
     subject.machine.ksm.run = 1
     samples, reached = _follow(subject, seconds, every, progress)
     settled = subject.settled()
-    return Simulation(
-        settled, tuple(samples), reached, subject.tunables(), subject.scale, subject.error_pages() * settled.page_size
-    )
+    error = subject.error_pages() * settled.page_size
+    return Simulation(settled, tuple(samples), reached, subject.tunables(), subject.scale, error, cost)
 
 
 def _follow(
@@ -297,8 +304,9 @@ class _Moving(_Subject):
 
     moves = True
 
-    def __init__(self, trace: Trace, kernel: str, zeros: Zeros, tunables: Tunables) -> None:
+    def __init__(self, trace: Trace, kernel: str, zeros: Zeros, tunables: Tunables, cost: CostModel) -> None:
         super().__init__(Machine(kernel=kernel, page_size=trace.page_size), zeros)
+        self.machine.ksmd.cost = cost  # the replay of a sample scales it
         self._replay = Replay(trace, self.machine, zeros=zeros)
         self.scale = self._replay.scale
         self._pages_to_scan = int(tunables.get("pages_to_scan", self.machine.ksm.pages_to_scan))

@@ -94,22 +94,18 @@ def command(mib: int, rounds: int, verify: bool, output: str | None, force: bool
         raise UnsupportedError(
             f"{binary(host.mem_available)} of memory are free, and --memory {mib} takes {binary(memory * _ROOM)}"
         )
-    unseen: list[Observation] = []
-    fitted: list[Observation] = []
-    todo = [(UNSEEN, unseen)] if verify else [(FITTED, fitted), (UNSEEN, unseen)]
+    memories = UNSEEN if verify else (*FITTED, *UNSEEN)
     with progress("stepping ksmd", quiet=as_json) as show:
-        done, whole = 0, sum(len(memories) for memories, _ in todo)
-        for memories, into in todo:
-            for found in observe_all(host, memories, memory, rounds):
-                into += found
-                done += 1
-                show(done, whole)
+        found = observe_all(host, memories, memory, rounds, show)
+    kinds = {kind for kind, _ in UNSEEN}  # FITTED has none of these
+    unseen = tuple(one for one in found if one.kind in kinds)
+    fitted = tuple(one for one in found if one.kind not in kinds)
     cost = CostModel.of_host() if verify else describe(fit(fitted))
     written = None
     if not verify:
         written = output or str(model.SYSTEM_FILE)
         cost.save(written)
-    report(Calibration(cost, tuple(fitted), tuple(unseen), written), as_json)
+    report(Calibration(cost, fitted, unseen, written), as_json)
 
 
 def report(found: Calibration, as_json: bool) -> None:

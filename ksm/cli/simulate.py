@@ -13,6 +13,7 @@ import click
 from rich.table import Table
 
 from ksm.cli.common import binary, clock, duration, duration_or_none, out, print_json, progress, source_arguments
+from ksm.cost import CostModel
 from ksm.estimate import snapshots
 from ksm.simulation import SHARES, Sample, Simulation, simulate
 from ksm.sources import Snapshot
@@ -31,6 +32,12 @@ _MOST_ROWS = 24
 @click.option("--sleep-millisecs", type=click.IntRange(0), default=20, show_default=True, help="The tunable.")
 @click.option("--smart-scan/--no-smart-scan", default=None, help="The tunable.  [default: the kernel's]")
 @click.option("--kernel", default="6.18", show_default=True, help="Whose rules and defaults.")
+@click.option(
+    "--cost-model",
+    "cost",
+    metavar="FILE",
+    help="From ksm calibrate, or built-in.  [default: this host's, if any]",
+)
 @click.option("--csv", "csv_file", metavar="FILE", help="Write the samples as CSV; - is stdout.")
 @click.option("--force", is_flag=True, help="Overwrite FILE.")
 @click.option("--json", "as_json", is_flag=True, help="Print the answer as JSON.")
@@ -80,6 +87,7 @@ def run(
     page_size: int | None,
     threads: int | None,
     smart_scan: bool | None,
+    cost: str | None = None,
     **tunables: int | bool,
 ) -> Simulation:
     """Simulate sources or a trace with a bar for each part of it.
@@ -103,6 +111,7 @@ def run(
             kernel=kernel,
             zeros=zeros,
             nodes=nodes,
+            cost=cost_model(cost),
             progress=show,
         )
 
@@ -133,6 +142,17 @@ def given(
             "--marked-only, --page-size and --threads are for sources; a trace has what was recorded"
         )
     return Trace(traces[0])
+
+
+def cost_model(given: str | None) -> CostModel:
+    """The one of a file, the built-in one, or by default what was measured on this host.
+
+    >>> cost_model("built-in") == CostModel()
+    True
+    """
+    if given is None:
+        return CostModel.of_host()
+    return CostModel() if given == "built-in" else CostModel.load(given)
 
 
 def length(found: list[Snapshot] | Trace, seconds: float | None) -> float:
@@ -210,7 +230,10 @@ def sentences(found: Simulation) -> list[str]:
         ]
     else:
         result = [f"Settled, KSM saves {binary(goal)}; {', '.join(whens)}."]
-    result.append(f"ksmd takes {100 * found.cpu_share:.2f} % of a CPU over {clock(last.seconds)}, by the cost model.")
+    result.append(
+        f"ksmd takes {100 * found.cpu_share:.2f} % of a CPU over {clock(last.seconds)}, "
+        f"by the cost model ({found.cost.origin})."
+    )
     if found.sample_of > 1:
         result.append(
             f"Extrapolated from a sample of one content in {found.sample_of:,}: the settled saving is "
