@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import ksm
-from bench.kernel import Passes, kernel_passes, machine, why_not
-from bench.memory import Pages, filled
+from bench.kernel import machine, passes
 from bench.peers import FROM_KEYS, FROM_PAGES, Peer, duperemove
 from bench.reader import read
 from bench.timing import timed
+from ksm.patterns import Pages, filled
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ def contest(sizes: Sequence[int], rounds: int) -> list[Cost]:
     """Every contestant on every size, medians; all of them must count as many different contents."""
     result: list[Cost] = []
     for n in sizes:
-        pages = filled("guest", n, small=True)
+        pages = filled("guest", n)
         result += _others(pages, rounds)
         prints = ksm.fingerprint(pages)
         result += _peers("pages", FROM_PAGES, pages, len(prints.unique()[0]), rounds)
@@ -78,9 +78,8 @@ def _others(pages: Pages, rounds: int) -> list[Cost]:
         Cost("pages", "plain reading, 1 thread", n, median(lambda: read(pages))),
         Cost("pages", "ksm, exact simulation", n, median(simulate)),
     ]
-    reason = why_not()
-    found = kernel_passes(pages) if reason is None else reason
-    seconds = sum(found.seconds[:2]) if isinstance(found, Passes) else None
+    found = passes(pages)
+    seconds = None if isinstance(found, str) else sum(found.seconds[:2])
     result.append(Cost("pages", "the kernel's ksmd", n, seconds, found if isinstance(found, str) else None))
     return [*result, _duperemove(pages)]
 

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from bench.kernel import machine
-from bench.memory import filled
+from ksm.patterns import filled
 
 
 def resident() -> int:

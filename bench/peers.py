@@ -16,11 +16,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from bench.memory import PAGE, Pages
 from ksm._core import Settling
 from ksm.estimate import estimate
+from ksm.patterns import Pages
 
 Keys = npt.NDArray[np.uint64]
+
+PAGE = 4096
 
 
 @dataclass(frozen=True, slots=True)

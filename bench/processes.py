@@ -12,9 +12,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import ksm
-from bench.memory import chunks
 from bench.rows import Row
 from bench.timing import paired
+from ksm.patterns import chunks
 
 ROOT = Path(__file__).parents[1]
 COMMAND = "import sys; from ksm.cli import main; sys.exit(main())"

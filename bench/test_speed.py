@@ -11,16 +11,17 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 import ksm
 from bench.kernel import machine
-from bench.memory import KINDS, PAGE, Pages, filled
 from bench.reader import read
 from ksm._core import Settling, fingerprint_forms
 from ksm.cli import main
 from ksm.pages import zero_words
+from ksm.patterns import Pages, filled
 
+PAGE = 4096
 N = 1 << 15  # pages: 128 MiB, beyond any cache
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=["guest", "unique", "copies"])
 def pages(request: pytest.FixtureRequest) -> Pages:
     return filled(request.param, N)
 
