@@ -24,6 +24,8 @@ _COMMANDS: Mapping[str, str] = MappingProxyType(
         "demo": "Show it at work on eight live processes, beside the kernel's own counters.",
         "estimate": "What KSM would save on these images or processes.",
         "record": "Record what memory holds over time, to replay it under any tunables.",
+        "formats": "The memory images and other sources that are understood.",
+        "info": "What a memory image is, and what is in it.",
         "simulate": "How KSM gets there: its counters over time.",
         "sweep": "Which tunables bring the saving how soon, and at what cost.",
         "tune": "Show, set and reset the tunables.",
@@ -73,7 +75,7 @@ class _Lazy(click.Group):
 def cli() -> None:
     """Linux Kernel Samepage Merging, exactly: estimate it, simulate it, compare it with the kernel.
 
-    A SOURCE is a raw memory image, pid:123, or self.
+    A SOURCE is a memory image (`ksm formats` lists which), pid:123, self, or qemu:NAME.
     """
 
 

@@ -17,7 +17,8 @@ from ksm.estimate import Counts, Estimate, estimate
 def command(sources: tuple[str, ...], as_json: bool, **options: Any) -> None:
     """What KSM would save on these sources, once it has settled.
 
-    A SOURCE is a raw memory image (holes of a sparse file are memory never touched), pid:123, or self.
+    A SOURCE is a memory image (`ksm formats` lists which; holes of a sparse file are memory never touched), pid:123,
+    self, or qemu:NAME.
     Every page is looked at; the numbers are those that the kernel's counters would come to.
     """
     with progress("fingerprinting", quiet=as_json) as show:

@@ -5,20 +5,25 @@ from __future__ import annotations
 import os
 
 from ksm.errors import SourceError
+from ksm.sources.criu import directory_pagemap
 from ksm.sources.data import FileData
-from ksm.sources.formats import FORMATS, Format, read_file
+from ksm.sources.formats import COMPRESSIONS, FORMATS, LIVE, Format, read_file
 from ksm.sources.image import ArrayImage, Block, Image, Segment
 from ksm.sources.process import ProcessImage
+from ksm.sources.qemu import QemuImage
 from ksm.sources.raw import RawImage
 from ksm.sources.snapshot import Snapshot
 
 __all__ = [
+    "COMPRESSIONS",
     "FORMATS",
+    "LIVE",
     "ArrayImage",
     "Block",
     "Format",
     "Image",
     "ProcessImage",
+    "QemuImage",
     "RawImage",
     "Segment",
     "Snapshot",
@@ -27,10 +32,11 @@ __all__ = [
 
 
 def open(where: str | os.PathLike[str], *, marked_only: bool = False, page_size: int = 4096) -> Image:
-    """Open a source of pages: "pid:123", "self", or the path of an image file.
+    """Open a source of pages: "pid:123", "self", "qemu:NAME", or the path of an image file or CRIU directory.
 
     A file's format is found by its first bytes, not by its name; what has no known signature is raw pages.
-    `FORMATS` lists what is understood.
+    `FORMATS` lists what is understood. "qemu:NAME" is what a running QEMU has marked mergeable; "qemu-ram:NAME" its
+    RAM whether marked or not.
 
     Args:
         where: the source.
@@ -54,4 +60,9 @@ def open(where: str | os.PathLike[str], *, marked_only: bool = False, page_size:
             if not (digits.isascii() and digits.isdigit()) or len(digits) > 10:
                 raise SourceError(f"{text}: not a process id")
             return ProcessImage(int(digits), marked_only)
+        for scheme in ("qemu:", "qemu-ram:"):
+            if text.startswith(scheme):
+                return QemuImage(text.removeprefix(scheme), all_ram=scheme == "qemu-ram:")
+    if os.path.isdir(text):
+        text = directory_pagemap(text)
     return read_file(FileData(text), page_size)

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from ksm.errors import SourceError
-from ksm.sources import elf, flattened, kdump, lime, migration
-from ksm.sources.compression import StreamData, compression_of
+from ksm.sources import criu, elf, flattened, kdump, lime, migration
+from ksm.sources.compression import COMPRESSIONS, StreamData, compression_of
 from ksm.sources.data import Data, FileData
 from ksm.sources.image import Image
 from ksm.sources.raw import RawImage
+
+__all__ = ["COMPRESSIONS", "FORMATS", "LIVE", "Format", "read_file", "recognise"]
 
 _HEAD = 64
 
@@ -31,6 +33,8 @@ class Format:
     """Which tools write it."""
     read: Callable[[Data, int], Image]
     """Makes the image, from the data and the page size that was asked for."""
+    needs: tuple[str, ...] = ()
+    """Of what is in it, that which takes packages of ksm[dumps]."""
 
 
 FORMATS: tuple[Format, ...] = (
@@ -40,6 +44,7 @@ FORMATS: tuple[Format, ...] = (
         (kdump.SIGNATURE, flattened.SIGNATURE),
         "QEMU dump-guest-memory -z -l -s, virsh dump --format kdump-*, makedumpfile",
         kdump.KdumpImage,
+        ("LZO", "snappy", "zstd"),
     ),
     Format(
         "QEMU migration stream",
@@ -48,8 +53,18 @@ FORMATS: tuple[Format, ...] = (
         migration.MigrationImage,
     ),
     Format("LiME", (lime.LIME,), "LiME, AVML", lime.LimeImage),
-    Format("AVML, compressed", (lime.AVML,), "AVML --compress", lime.AvmlImage),
+    Format("AVML, compressed", (lime.AVML,), "AVML --compress", lime.AvmlImage, ("snappy",)),
+    Format("CRIU image", (criu.SIGNATURE,), "criu dump (the directory, or its pagemap-PID.img)", criu.CriuImage),
     Format("raw", (), "QEMU pmemsave, Firecracker, cloud-hypervisor, VMware .vmem, memory-backing files", RawImage),
+)
+
+# Sources that are no files.
+LIVE: Mapping[str, str] = MappingProxyType(
+    {
+        "pid:123, self": "a live process: the pages that KSM could take",
+        "qemu:NAME": "a running QEMU guest by its -name: what QEMU has marked mergeable",
+        "qemu-ram:NAME": "the same guest's RAM, marked or not (mem-merge=off)",
+    }
 )
 
 # Formats that a file's first bytes give away and that have no reader here: to take them for raw pages would be wrong.

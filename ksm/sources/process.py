@@ -145,7 +145,7 @@ class ProcessImage(Image):
             if area.start >= 1 << 63:  # [vsyscall]
                 continue
             slots = self.pagemap.slots(area.start, area.end)
-            wanted = area.compatible and (area.marked or not self.marked_only)
+            wanted = area.compatible and self._takes(area)
             if not wanted:
                 why = "not marked" if area.compatible else "never mergeable"
                 counts[why] += int(np.count_nonzero(slots.present))
@@ -162,6 +162,10 @@ class ProcessImage(Image):
         self.segments = tuple(segments)
         self.excluded = {why: count for why, count in counts.items() if count}
         self.anonymous_known = True
+
+    def _takes(self, area: Area) -> bool:
+        """Whether an area that KSM could take pages from is wanted."""
+        return area.marked or not self.marked_only
 
     def blocks(self) -> Iterator[Block]:
         """Read the pages, block by block."""

@@ -65,6 +65,7 @@ class StoredImage(Image):
         page_size: bytes a page.
         segments: None: the extents.
         excluded: pages left out by the reader, and why.
+        holes: whether holes of the files mean pages never touched; False: they are zeros like others.
 
     >>> import tempfile
     >>> from ksm.sources.data import FileData
@@ -83,6 +84,7 @@ class StoredImage(Image):
         *,
         segments: Sequence[Segment] | None = None,
         excluded: dict[str, int] | None = None,
+        holes: bool = True,
     ) -> None:
         check_page_size(page_size)
         self.name = datas[0].name
@@ -95,7 +97,7 @@ class StoredImage(Image):
         again = (sum(extent.length for extent in whole) - total) // page_size
         if again:
             left_out[TWICE] = left_out.get(TWICE, 0) + again
-        known = [data.extents() for data in datas]
+        known = [data.extents() if holes else None for data in datas]
         self._extents = [part for extent in wanted for part in _without_holes(extent, known[extent.data], page_size)]
         if segments is None:
             segments = [Segment(extent.address, extent.length) for extent in wanted]
