@@ -279,6 +279,15 @@ class Host:
         """
         return self._meminfo("MemTotal")
 
+    @property
+    def committed(self) -> int:
+        """Bytes that the kernel has promised to processes, touched or not (Committed_AS).
+
+        >>> Host().committed > 0  # doctest: +SKIP
+        True
+        """
+        return self._meminfo("Committed_AS")
+
     def _meminfo(self, name: str) -> int:
         match = re.search(rf"^{name}:\s*(\d+) kB", self._proc_text("meminfo"), re.M)
         if match is None:

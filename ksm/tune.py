@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import difflib
 import errno
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 from ksm.errors import SyscallError, kernel_error
+from ksm.linux import Host
 from ksm.sysfs import ADVISOR_MODES, ATTRIBUTES, Attribute, Profile, StateSysfs, Sysfs
 
 _EBUSY_WHILE_SHARED = ("merge_across_nodes", "max_page_sharing")
@@ -263,6 +265,19 @@ def warnings(ksm: Sysfs, changes: Iterable[Change]) -> list[str]:
     if idle and after.get("advisor_mode") == ADVISOR_MODES[0]:
         found.append(f"{', '.join(idle)}: without effect until advisor_mode is scan-time.")
     return found
+
+
+def require_rights(host: Host, names: Iterable[str]) -> None:
+    """Raise the error that the first write would meet, if these files cannot be written here.
+
+    >>> require_rights(Host("/nonexistent"), [])
+    """
+    for name in names:
+        path = host.root / name
+        if not os.access(path, os.W_OK):
+            if os.geteuid() != 0:
+                raise kernel_error(errno.EACCES, f"writing {path} needs root")
+            raise kernel_error(errno.EROFS, f"{host.root} cannot be written here, as in a container")
 
 
 # ---- and then ------------------------------------------------------------------------------------------------

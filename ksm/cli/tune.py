@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
-import errno
 import os
 from collections.abc import Mapping, Sequence
 
 import click
 from rich.table import Table
 
+from ksm.cli import tune_auto
 from ksm.cli.common import out, print_json
-from ksm.errors import kernel_error
 from ksm.linux import Host
 from ksm.sysfs import ATTRIBUTES
-from ksm.tune import Change, apply, default_of, defaults, plan_changes, range_of, tunables, value_of, warnings
+from ksm.tune import (
+    Change,
+    apply,
+    default_of,
+    defaults,
+    plan_changes,
+    range_of,
+    require_rights,
+    tunables,
+    value_of,
+    warnings,
+)
 
 _LOCK_SECONDS = 10.0
 
@@ -21,6 +31,9 @@ _LOCK_SECONDS = 10.0
 @click.group(name="tune")
 def command() -> None:
     """The tunables of this host's KSM, the files of /sys/kernel/mm/ksm that can be written."""
+
+
+command.add_command(tune_auto.command)
 
 
 @command.command()
@@ -112,19 +125,6 @@ def _change(wanted: Mapping[str, str], dry_run: bool, force: bool, as_json: bool
 
 def _plan(host: Host, wanted: Mapping[str, str], force: bool) -> list[Change]:
     return plan_changes(host.ksm, wanted, None if force else host.mem_available, f"Linux {os.uname().release}")
-
-
-def require_rights(host: Host, names: Mapping[str, str] | Sequence[str]) -> None:
-    """Raise the error that the first write would meet, if these files cannot be written here.
-
-    >>> require_rights(Host("/nonexistent"), [])
-    """
-    for name in names:
-        path = host.root / name
-        if not os.access(path, os.W_OK):
-            if os.geteuid() != 0:
-                raise kernel_error(errno.EACCES, f"writing {path} needs root")
-            raise kernel_error(errno.EROFS, f"{host.root} cannot be written here, as in a container")
 
 
 def change_table(changes: Sequence[Change]) -> Table:
