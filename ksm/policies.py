@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from ksm.ksmd import CostModel
+from ksm.cost import CostModel
 from ksm.stats import Stats
 
 _GIB = 1 << 30
@@ -237,12 +237,13 @@ class Target:
     it is more than the budget the budget wins, and `Decision.why` says how long settling takes then. CPU time taken
     beyond the budget, when pages suddenly cost more, is saved again within a minute.
 
-    >>> policy = Target(settle=300, cpu=20)
+    >>> cost = CostModel(hash_ns=1000, level_ns=250, deep_ns=0)
+    >>> policy = Target(settle=300, cpu=20, cost=cost)
     >>> view = View(seconds=0.0, stats=Stats(), mem_total=1 << 34, mem_available=1 << 33, candidates=1_000_000)
     >>> policy.decide(view).why
-    '1,000,000 pages every 100 s: 10,000 a second at 6.18 us, 6.2 % of a CPU'
-    >>> Target(settle=300, cpu=2).decide(view).why
-    '1,000,000 pages every 309 s: 3,235 a second at 6.18 us, the budget of 2 % of a CPU; settling takes 927 s, not 300'
+    '1,000,000 pages every 100 s: 10,000 a second at 5.98 us, 6 % of a CPU'
+    >>> Target(settle=300, cpu=2, cost=cost).decide(view).why
+    '1,000,000 pages every 299 s: 3,343 a second at 5.98 us, the budget of 2 % of a CPU; settling takes 897 s, not 300'
 
     Raises:
         ValueError: `settle` below 1 or `cpu` not within 0.1 to 100.
@@ -309,7 +310,7 @@ class Target:
         both trees.
 
         >>> view = View(seconds=0.0, stats=Stats(pages_sharing=1000), mem_total=1, mem_available=1, candidates=1000)
-        >>> round(Target(settle=60, cpu=5).model(view) * 1e9)
+        >>> round(Target(settle=60, cpu=5, cost=CostModel(merged_ns=180)).model(view) * 1e9)
         180
         """
         stats = view.stats
@@ -317,8 +318,8 @@ class Target:
         pages = max(view.candidates, stats.rmap_items, 1)
         hashed = max(0, pages - merged)
         sought = max(0, hashed - stats.pages_volatile)
-        levels = sought * (math.log2(max(2, sought)) + math.log2(1 + stats.pages_shared))
-        total = self._cost.nanoseconds(hashed, round(levels), 0, merged, stats.page_size)
+        total = self._cost.nanoseconds(hashed, 0, 0, merged, stats.page_size)
+        total += sought * (self._cost.search_ns(sought) + self._cost.search_ns(1 + stats.pages_shared))
         return max(total / pages, 1.0) / 1e9
 
     def _learn(self, before: View, now: View) -> None:

@@ -15,6 +15,7 @@ from typing import TextIO
 import click
 
 from ksm.cli.common import clock, duration
+from ksm.cost import CostModel
 from ksm.linux import Host
 from ksm.policies import Policy, Pressure, Target, parse_conf
 from ksm.tuner import LOCK_PATH, Step, Tuner
@@ -61,7 +62,7 @@ def command(
     refused. run is never set to 2: what is merged stays merged.
     """
     settings = _settings(config) if policy == "pressure" else {}
-    chosen: Policy = Pressure.of(settings) if policy == "pressure" else Target(settle, cpu)
+    chosen: Policy = Pressure.of(settings) if policy == "pressure" else Target(settle, cpu, cost=CostModel.of_host())
     if interval is not None:
         chosen.interval = interval
     journal = Journal(
