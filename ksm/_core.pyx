@@ -35,8 +35,8 @@ from libc.string cimport memcpy, memset
 
 from ksm._cy.faults cimport evict, found_by_reclaim, own_frame, swap_in, unmerge_block
 from ksm._cy.frames cimport (
-    content_hash, find_block, find_slot, frame_gone, frame_new, has_room, make_slot, mark_slot, set_slot, slot_frame,
-    sweep_blocks)
+    content_hash, find_block, find_slot, frame_gone, frame_new, has_room, keep_origins, make_slot, mark_slot, set_slot,
+    slot_frame, swapped, sweep_blocks)
 from ksm._cy.page cimport page_is_zero
 from ksm._cy.rbtree cimport Node, rb_is_red, rb_parent
 from ksm._cy.slots cimport drop_all_items, split_huge, vacate
@@ -47,7 +47,7 @@ from ksm._cy.table cimport table_free
 from ksm._cy.types cimport (
     DIRTY, FIRST_FRAME, FREE_NODE, HUGE, HUGE_ZERO, KSM, KSM_ZERO, LAZY, NOTHING, OWNED, SLOTS, ZERO_PAGE,
     Block, Frame, Space, StableNode)
-from ksm._cy.unstable cimport build_unstable, clear_unstable, touch_unstable, unstable_state
+from ksm._cy.unstable cimport build_unstable, clear_unstable, make_explicit, touch_unstable, unstable_state
 from ksm._cy.visit cimport reserve
 from ksm._cy.walk cimport link_space, scan, unlink_space, unregister
 from ksm._cy.contents cimport (
@@ -97,8 +97,8 @@ cdef class Engine:
                 or grow(<void **>&self.m.spaces, &self.m.space_capacity, 1, sizeof(Space)) < 0
                 or grow(<void **>&self.m.stable, &self.m.stable_capacity, 1, sizeof(StableNode)) < 0
                 or grow(<void **>&self.m.places, &self.m.place_capacity, 1, sizeof(Node)) < 0
-                or grow(<void **>&self.m.joined, &self.m.joined_capacity, 1, sizeof(Node)) < 0
-                or reserve(&self.m) < 0):
+                or reserve(&self.m) < 0
+                or max_swapped and keep_origins(&self.m) < 0):
             raise MemoryError("no memory for an empty machine")
         # Index 0 means "none" everywhere; these entries are never handed out.
         self.m.frame_count = FIRST_FRAME
@@ -107,7 +107,8 @@ cdef class Engine:
         memset(&self.m.spaces[0], 0, sizeof(Space))
         memset(&self.m.stable[0], 0, sizeof(StableNode))
         memset(&self.m.places[0], 0, sizeof(Node))
-        memset(&self.m.joined[0], 0, sizeof(Node))
+        memset(&self.m.links[0], 0, sizeof(Node))
+        self.m.joined[0] = 0
         self.m.zero_hash = content_hash(&self.m, self.m.zero)
 
     def __dealloc__(self):
@@ -126,6 +127,8 @@ cdef class Engine:
         free(self.m.stable)
         free(self.m.places)
         free(self.m.joined)
+        free(self.m.links)
+        free(self.m.origins)
         free(self.m.joined_nid)
         free(self.m.stable_roots)
         free(self.m.unstable_roots)
@@ -166,6 +169,7 @@ cdef class Engine:
     @max_page_sharing.setter
     def max_page_sharing(self, value):
         self.m.max_page_sharing = value
+        self.m.calm_valid = False
 
     @property
     def merge_across_nodes(self):
@@ -174,6 +178,7 @@ cdef class Engine:
     @merge_across_nodes.setter
     def merge_across_nodes(self, value):
         self.m.merge_across_nodes = value
+        self.m.calm_valid = False
 
     @property
     def use_zero_pages(self):
@@ -182,6 +187,7 @@ cdef class Engine:
     @use_zero_pages.setter
     def use_zero_pages(self, value):
         self.m.use_zero_pages = value
+        self.m.calm_valid = False
 
     @property
     def smart_scan(self):
@@ -462,6 +468,7 @@ cdef class Engine:
                 return False
         if writing and not has_room(&self.m, self.m.huge):
             return False
+        self.answer(keep_origins(&self.m))
         for k in range(self.m.huge):
             slot = make_slot(&self.m, mm, vpn + k)
             f = HUGE_ZERO
@@ -584,6 +591,7 @@ cdef class Engine:
         cdef uint64_t v
         cdef uint32_t slot, f
         cdef Block *b
+        self.answer(keep_origins(&self.m))
         for v in self.touched(mm, vpn, n):
             slot = find_slot(&self.m, mm, v)
             b = self.m.blocks[slot >> 6]
@@ -594,7 +602,7 @@ cdef class Engine:
                 continue
             if not (b.anon >> (slot & 63)) & 1:
                 vacate(&self.m, slot)
-            elif self.m.frames[f].mappers == 1 or not (self.m.frames[f].flags & DIRTY or self.m.frames[f].swapped):
+            elif self.m.frames[f].mappers == 1 or not (self.m.frames[f].flags & DIRTY or swapped(&self.m, f)):
                 self.m.frames[f].flags = (self.m.frames[f].flags | LAZY) & ~DIRTY
                 b.clean |= <uint64_t>1 << (slot & 63)
 
@@ -650,6 +658,7 @@ cdef class Engine:
         cdef uint32_t source, target, f
         cdef uint64_t v, clean
         cdef bint anon
+        self.answer(keep_origins(&self.m))
         for v in self.touched(mm, old, n):
             target = make_slot(&self.m, mm, new + (v - old))
             if target == NO_SLOT:
@@ -691,7 +700,7 @@ cdef class Engine:
                 elif f >= FIRST_FRAME and (b.anon >> i) & 1:
                     self.m.frames[f].mappers += 1
                 elif f >= FIRST_FRAME:
-                    self.m.frames[f].swapped += 1
+                    self.m.origins[f].swapped += 1
 
     def migrate(self, uint32_t mm, uint64_t vpn, uint64_t n, uint8_t nid):
         """Move the frames of a range to a NUMA node; all that map them see it.
@@ -779,6 +788,8 @@ cdef class Engine:
         cdef Space *s
         cdef StableNode *n
         cdef list slots = [], frames = [], nodes = [], spaces = []
+        if self.m.implicit:
+            make_explicit(&self.m)
         for i in range(self.m.space_count):
             s = &self.m.spaces[i]
             spaces.append((s.next, s.prev, s.registered, s.exited, s.items, s.merging, s.zero_pages,
@@ -790,10 +801,10 @@ cdef class Engine:
                     if b.frame[k] != NOTHING or (b.item >> k) & 1:
                         slots.append((self.m.spaces[i].blocks[at] << 6 | k, i, b.vpn + k, b.frame[k], (b.anon >> k) & 1,
                                       (b.marked >> k) & 1, (b.item >> k) & 1, b.state[k], b.link[k], b.next[k],
-                                      b.prev[k]))
+                                      b.prev[k], (b.calm >> k) & 1))
         for i in range(FIRST_FRAME, self.m.frame_count):
             if self.m.frames[i].data != NULL:
-                frames.append((i, self.m.frames[i].mappers, self.m.frames[i].swapped, self.m.frames[i].pins,
+                frames.append((i, self.m.frames[i].mappers, swapped(&self.m, i), self.m.frames[i].pins,
                                self.m.frames[i].node, self.m.frames[i].flags, self.m.frames[i].nid,
                                PyBytes_FromStringAndSize(<const char *>self.m.frames[i].data, self.m.width)))
         for i in range(1, self.m.stable_count):
@@ -806,8 +817,10 @@ cdef class Engine:
             "places": [dump_node(self.m.places, i) for i in range(self.m.place_count)],
             "stable_roots": [self.m.stable_roots[i] for i in range(self.m.nodes)],
             "stable_sizes": [self.m.stable_sizes[i] for i in range(self.m.nodes)],
+            "calm_valid": self.m.calm_valid,
             "pending": [self.m.pending[i] for i in range(self.m.pending_count)],
-            "joined": [dump_node(self.m.joined, i) for i in range(self.m.joined_count)],
+            "joined": [dump_node(self.m.links, i)[:4] + (self.m.joined[i],) if i < self.m.built
+                       else (0, 0, 0, 0, self.m.joined[i]) for i in range(self.m.joined_count)],
             "unstable_roots": [self.m.unstable_roots[i] for i in range(self.m.nodes)],
             "unstable_sizes": [self.m.unstable_sizes[i] for i in range(self.m.nodes)],
             "built": self.m.built, "unstable_changed": self.m.unstable_changed,

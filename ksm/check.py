@@ -23,7 +23,7 @@ def verify(dump: Dump) -> None:
     >>> from ksm import Machine
     >>> verify(Machine()._engine.dump())
     """
-    for check in (_frames, _blocks, _items, _nodes, _counters, _stable_trees, _unstable_trees, _list):
+    for check in (_frames, _blocks, _items, _nodes, _counters, _stable_trees, _unstable_trees, _calm, _list):
         check(dump)
 
 
@@ -248,6 +248,23 @@ def _unstable_trees(dump: Dump) -> None:
     later = len(joined) - dump["built"]
     if dump["counters"]["pages_unshared"] and linked + later - left != sum(dump["unstable_sizes"]):
         _fail("rb-shape", f"unstable trees: {linked} linked, {later} to come, {left} to go")
+
+
+def _calm(dump: Dump) -> None:
+    """Slots that a pass may visit without a look: if that is said, none of them would find anything."""
+    if not dump["calm_valid"]:
+        return
+    frames = {frame[0]: frame for frame in dump["frames"]}
+    limit = dump["counters"]["max_page_sharing"]
+    found = {frames[node[2]][7] for node in dump["nodes"] if node[1] != _CHAIN and not node[10] and 0 < node[3] < limit}
+    for slot, _, _, frame, anon, _, item, _, _, _, _, calm in dump["slots"]:
+        if not calm:
+            continue
+        if not anon or not item or frames[frame][5] & _KSM:
+            _fail("calm", f"slot {slot} is calm, but maps no ordinary frame, or has no item")
+        if frames[frame][7] in found:
+            _fail("calm", f"slot {slot} is calm, and another slot or a node with room holds what it holds")
+        found.add(frames[frame][7])
 
 
 def _list(dump: Dump) -> None:

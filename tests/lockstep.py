@@ -31,8 +31,11 @@ class Disagreement(AssertionError):
 class Lockstep:
     """The executors, and the program so far."""
 
-    def __init__(self, nodes: int = 1, swap: bool = False, ram: int | None = None, kernel: str = "6.18") -> None:
+    def __init__(
+        self, nodes: int = 1, swap: bool = False, ram: int | None = None, kernel: str = "6.18", check_every: int = 1
+    ) -> None:
         self.nodes = nodes
+        self.check_every = check_every  # a check makes the engine write down what it would leave implicit
         self.swap = swap
         settings: dict[str, Any] = {
             "nodes": nodes,
@@ -59,6 +62,8 @@ class Lockstep:
         results = {name: perform(machine, op) for name, machine in self.executors.items()}
         self._compare("result", results)
         self._compare("state", {name: everything(machine) for name, machine in self.executors.items()})
+        if len(self.program) % self.check_every:
+            return
         for name, machine in self.executors.items():
             try:
                 machine.check()
@@ -223,6 +228,11 @@ def variants() -> list[Variant]:
     ]
 
 
+def check_every(seed: int) -> int:
+    """How often to check the machines of a program: after each operation, or seldom, so that passes stay implicit."""
+    return 1 if seed % 2 else 40
+
+
 def label(variant: Variant) -> str:
     """A variant in a word."""
     return "-".join(f"{key}{value}" for key, value in variant.items()) or "plain"
@@ -269,13 +279,14 @@ def main() -> int:
         for seed in range(arguments.seed, arguments.seed + arguments.programs):
             ops = generate(seed, nops=arguments.ops, **variant)
             done += 1
+            settings = {**variant, "check_every": check_every(seed)}
             try:
-                Lockstep(**variant).run(ops)
+                Lockstep(**settings).run(ops)
             except Disagreement:
                 bad += 1
                 print(f"seed {seed}:")
                 try:
-                    Lockstep(**variant).run(shrink(ops, variant))
+                    Lockstep(**settings).run(shrink(ops, settings))
                 except Disagreement as error:
                     print(error, flush=True)
                 if bad == arguments.stop:
@@ -285,7 +296,7 @@ def main() -> int:
     return 1 if failed else 0
 
 
-__all__ = ["ARENA", "Disagreement", "Lockstep", "generate", "label", "shrink", "variants"]
+__all__ = ["ARENA", "Disagreement", "Lockstep", "check_every", "generate", "label", "shrink", "variants"]
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -52,9 +52,15 @@ def break_tree(dump: dict[str, Any]) -> None:
     dump["joined"][root] = (right, left, parent, False, value)
 
 
+def break_calm(dump: dict[str, Any]) -> None:
+    dump["calm_valid"] = True
+    put(dump, "slots", first(dump, "slots", lambda s: s[7] == 1), 11, 1)
+
+
 CORRUPTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], None]]] = {
     "a mapper too many": ("frame-mappers", lambda d: put(d, "frames", 0, 1, 9)),
     "a free frame in use": ("frame-mappers", lambda d: d["frames"].pop(0)),
+    "a merged slot that is calm": ("calm", break_calm),
     "resident": ("resident", lambda d: d["counters"].update(resident=99)),
     "swap": ("resident", lambda d: d["counters"].update(swapped_pages=1)),
     "an anonymous zero page": (

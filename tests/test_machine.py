@@ -467,3 +467,40 @@ def test_profiles_differ() -> None:
         spawn_marked(m, "b", [1])
         m.ksmd.scan()
         assert m.ksm.pages_sharing == sharing
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_quiet_passes_count_what_stepping_through_trees_counts(seed: int) -> None:
+    """Long quiet stretches, cut into odd batches and disturbed now and then, with and without smart scan."""
+    rng = random.Random(seed)
+    contents = [rng.randrange(1, 500) for _ in range(400)]
+    machines = [machine(index=index) for index in ("hash", "tree")]
+    for m in machines:
+        m.ksm.max_page_sharing = 2 + seed % 3
+        m.ksm.smart_scan = seed % 2
+        for name in ("a", "b"):
+            p = m.spawn(name)
+            a = p.mmap(b"".join(page(c) for c in contents), addr=1 << 30)
+            p.madvise(a, 300 * PAGE, ksm.MADV_MERGEABLE)
+    for _ in range(120):
+        what, at, value = rng.choice("ssssspppwume"), (1 << 30) + rng.randrange(400) * PAGE, rng.randrange(1, 500)
+        for m in machines:
+            p = m.processes[rng.choice("ab") if m is machines[0] else p.name] if what in "wum" else m.processes["a"]
+            if what == "s":
+                m.ksmd.scan()
+            elif what == "p":
+                m.ksmd.scan_pages(value)
+            elif what == "w":
+                p.write(at, page(value))
+            elif what == "u":
+                p.madvise(at, PAGE, ksm.MADV_UNMERGEABLE)
+            elif what == "m":
+                p.madvise(at, PAGE, ksm.MADV_MERGEABLE)
+            elif what == "e" and value < 25 and "b" in m.processes:
+                m.processes["b"].exit()
+                m.spawn("b").mmap(400 * PAGE, addr=1 << 30)
+        assert machines[0].ksm.snapshot() == machines[1].ksm.snapshot()
+        assert machines[0].vmstat == machines[1].vmstat
+        assert machines[0].ksmd.work == machines[1].ksmd.work
+    for m in machines:
+        m.check()

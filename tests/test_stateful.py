@@ -7,7 +7,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
-from tests.lockstep import Lockstep, generate, label, variants
+from tests.lockstep import Lockstep, check_every, generate, label, variants
 
 ARENA_PAGES = 24
 PAGES = st.integers(0, ARENA_PAGES - 1)
@@ -174,4 +174,4 @@ def test_stateful() -> None:
 @pytest.mark.parametrize("seed", range(40))
 def test_random_programs(seed: int, variant: dict[str, object]) -> None:
     """Long programs by seed, in every variant of the machine."""
-    Lockstep(**variant).run(generate(seed, **variant))  # type: ignore[arg-type]
+    Lockstep(**variant, check_every=check_every(seed)).run(generate(seed, **variant))  # type: ignore[arg-type]

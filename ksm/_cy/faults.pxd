@@ -5,11 +5,12 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport malloc
 from libc.string cimport memcpy
 
-from ksm._cy.frames cimport find_slot, frame_copy, frame_gone, frame_unmap, has_room, set_slot, slot_frame, swap_drop
+from ksm._cy.frames cimport (
+    find_slot, frame_copy, frame_gone, frame_unmap, has_room, set_slot, slot_frame, swap_drop, swapped)
 from ksm._cy.slots cimport next_mapper, vacate
 from ksm._cy.store cimport Store, NO_MEMORY, NO_FRAME, NO_SLOT
 from ksm._cy.types cimport (
-    CACHED, DIRTY, FIRST_FRAME, HASHED, HUGE, IN_STABLE, KSM, KSM_ZERO, LAZY, OWNED, SLOTS, Block, Frame, Space)
+    CACHED, DIRTY, FIRST_FRAME, HASHED, HUGE, IN_STABLE, KSM, KSM_ZERO, LAZY, OWNED, SLOTS, Block, Frame, Origin, Space)
 from ksm._cy.unstable cimport touch_unstable
 
 
@@ -17,7 +18,7 @@ cdef inline bint alone(Store *m, uint32_t slot) noexcept nogil:
     """Whether the slot maps an anonymous frame that nobody else refers to."""
     cdef uint32_t f = slot_frame(m, slot)
     return ((m.blocks[slot >> 6].anon >> (slot & 63)) & 1 and not m.frames[f].flags & KSM and
-            m.frames[f].mappers == 1 and m.frames[f].swapped == 0)
+            m.frames[f].mappers == 1 and swapped(m, f) == 0)
 
 
 cdef inline int own_frame(Store *m, uint32_t slot, uint8_t nid, uint64_t origin) noexcept nogil:
@@ -43,6 +44,7 @@ cdef inline int own_frame(Store *m, uint32_t slot, uint8_t nid, uint64_t origin)
             m.frames[f].data = data
         m.frames[f].flags = (m.frames[f].flags | OWNED) & ~(HASHED | LAZY | DIRTY)
         b.clean &= ~(<uint64_t>1 << i)
+        b.calm &= ~(<uint64_t>1 << i)
         return 0
     copy = frame_copy(m, f if f >= FIRST_FRAME else 0, nid)
     if copy == 0:
@@ -63,8 +65,9 @@ cdef inline int swap_in(Store *m, uint32_t slot, uint8_t nid, uint64_t origin) n
     """
     cdef uint32_t f = slot_frame(m, slot), copy
     cdef Frame *frame = &m.frames[f]
-    cdef uint16_t root = <uint16_t>m.spaces[m.blocks[slot >> 6].mm].root
-    cdef bint strange = (frame.flags & CACHED and (frame.home != <uint32_t>origin or frame.root != root)
+    cdef Origin *from_ = &m.origins[f]
+    cdef uint32_t root = <uint32_t>m.spaces[m.blocks[slot >> 6].mm].root
+    cdef bint strange = (frame.flags & CACHED and (from_.home != <uint32_t>origin or from_.root != root)
                          and not (frame.flags & KSM and not m.unmerging))
     if (frame.mappers == 0 or strange) and not has_room(m, 1):
         return NO_FRAME
@@ -80,8 +83,8 @@ cdef inline int swap_in(Store *m, uint32_t slot, uint8_t nid, uint64_t origin) n
             frame.nid = nid
         if not frame.flags & CACHED:
             frame.flags |= CACHED
-            frame.home = <uint32_t>origin
-            frame.root = root
+            from_.home = <uint32_t>origin
+            from_.root = root
         frame.mappers += 1
         set_slot(m, slot, f, True)
     swap_drop(m, f)
@@ -92,12 +95,12 @@ cdef inline bint swap_out(Store *m, uint32_t slot) noexcept nogil:
     """Move what one slot maps to swap; False: no swap space left. The frame's other mappers must follow."""
     cdef uint32_t f = slot_frame(m, slot)
     cdef Frame *frame = &m.frames[f]
-    if frame.swapped == 0:
+    if swapped(m, f) == 0:
         if m.swapped_pages >= m.max_swapped:
             return False
         m.swapped_pages += 1
     touch_unstable(m, slot)
-    frame.swapped += 1
+    m.origins[f].swapped += 1
     frame.flags &= ~HUGE
     set_slot(m, slot, f, False)
     frame_unmap(m, f)
@@ -142,7 +145,7 @@ cdef inline int evict(Store *m, uint32_t slot) noexcept nogil:
     """
     cdef uint32_t f = slot_frame(m, slot), s
     cdef uint64_t vpn = m.blocks[slot >> 6].vpn + (slot & 63), born = 0
-    cdef uint64_t home = vpn & 0xffffffff00000000u | m.frames[f].home
+    cdef uint64_t home
     cdef int gone = 0
     if m.frames[f].flags & DIRTY and m.frames[f].flags & LAZY:
         m.frames[f].flags &= ~LAZY      # kept after all, until reclaim comes by again
@@ -157,6 +160,7 @@ cdef inline int evict(Store *m, uint32_t slot) noexcept nogil:
     if m.frames[f].flags & KSM:      # its slots lie anywhere, and are all clean
         vacate(m, slot)
         return 1
+    home = vpn & 0xffffffff00000000u | m.origins[f].home
     while m.frames[f].flags & LAZY:
         s = next_mapper(m, f, home, &born)
         if s == NO_SLOT:

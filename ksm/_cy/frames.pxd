@@ -7,21 +7,21 @@ from libc.string cimport memcmp, memcpy, memset
 
 from ksm._cy.page cimport page_compare
 from ksm._cy.rbtree cimport VALUE_FLAG, Node
-from ksm._cy.store cimport Store, FINGERPRINT_BYTES, NO_HOME, NO_SLOT, grow, bit_length64
-from ksm._cy.types cimport CACHED, FIRST_FRAME, HASHED, KSM, NOTHING, OWNED, SLOTS, Block, Frame, Space
+from ksm._cy.store cimport Store, FINGERPRINT_BYTES, NO_HOME, NO_MEMORY, NO_SLOT, grow, bit_length64
+from ksm._cy.types cimport CACHED, FIRST_FRAME, HASHED, KSM, NOTHING, OWNED, SLOTS, Block, Frame, Origin, Space
 from ksm._cy.xxh3 cimport xxh3_128_best
 
 
-cdef inline uint64_t content_hash(Store *m, const uint8_t *data) noexcept nogil:
+cdef inline uint32_t content_hash(Store *m, const uint8_t *data) noexcept nogil:
     cdef uint64_t words[2]
     if m.fingerprints_only:
         memcpy(words, data, FINGERPRINT_BYTES)
     else:
         xxh3_128_best(data, m.page_size, words)
-    return words[1]
+    return <uint32_t>(words[1] >> 32)
 
 
-cdef inline uint64_t frame_hash(Store *m, uint32_t f) noexcept nogil:
+cdef inline uint32_t frame_hash(Store *m, uint32_t f) noexcept nogil:
     """The frame's hash, computed once for a content."""
     cdef Frame *frame = &m.frames[f]
     if not frame.flags & HASHED:
@@ -71,6 +71,8 @@ cdef inline uint32_t frame_new(Store *m, const uint8_t *data, uint8_t flags, uin
     else:
         if grow(<void **>&m.frames, &m.frame_capacity, <uint64_t>m.frame_count + 1, sizeof(Frame)) < 0:
             return 0
+        if m.origins and grow(<void **>&m.origins, &m.origin_capacity, <uint64_t>m.frame_count + 1, sizeof(Origin)) < 0:
+            return 0
         f = m.frame_count
         m.frame_count += 1
     frame = &m.frames[f]
@@ -78,8 +80,11 @@ cdef inline uint32_t frame_new(Store *m, const uint8_t *data, uint8_t flags, uin
     frame.flags = flags
     frame.nid = nid
     frame.mappers = 1
-    frame.swapped = frame.pins = frame.node = 0
-    frame.home = NO_HOME
+    frame.pins = 0
+    frame.node = 0
+    if m.origins:
+        m.origins[f].swapped = 0
+        m.origins[f].home = NO_HOME
     m.resident += 1
     return f
 
@@ -104,7 +109,7 @@ cdef inline bint has_room(Store *m, uint64_t frames) noexcept nogil:
 cdef inline void frame_release(Store *m, uint32_t f) noexcept nogil:
     """Free the record when nothing refers to the content any more."""
     cdef Frame *frame = &m.frames[f]
-    if frame.mappers or frame.swapped or frame.pins:
+    if frame.mappers or frame.pins or swapped(m, f):
         return
     if frame.flags & OWNED:
         free(<void *>frame.data)
@@ -138,6 +143,32 @@ cdef inline void frame_gone(Store *m, uint32_t f) noexcept nogil:
         if m.frames[f].node:
             m.stable[m.frames[f].node].stale = 1
             m.stale += 1
+
+
+cdef inline uint32_t swapped(Store *m, uint32_t f) noexcept nogil:
+    """Slots whose content the frame is in swap."""
+    return m.origins[f].swapped if m.origins else 0
+
+
+cdef inline int keep_origins(Store *m) noexcept nogil:
+    """Note where frames come from, from now on; -1: no memory.
+
+    Called before anything could have moved, so that every frame lies where it was first mapped.
+    """
+    cdef uint32_t id, i, f
+    if m.origins:
+        return 0
+    if grow(<void **>&m.origins, &m.origin_capacity, m.frame_capacity, sizeof(Origin)) < 0:
+        return NO_MEMORY
+    for f in range(m.frame_count):
+        m.origins[f].swapped = m.origins[f].root = 0
+        m.origins[f].home = NO_HOME
+    for id in range(m.block_count):
+        for i in range(SLOTS):
+            f = m.blocks[id].frame[i]
+            if f >= FIRST_FRAME:
+                m.origins[f].home = <uint32_t>(m.blocks[id].vpn + i)
+    return 0
 
 
 cdef inline uint32_t slot_frame(Store *m, uint32_t slot) noexcept nogil:
@@ -234,10 +265,11 @@ cdef inline void set_slot(Store *m, uint32_t slot, uint32_t frame, bint anon) no
     cdef uint64_t bit = <uint64_t>1 << i
     b.used += (frame != NOTHING) - (b.frame[i] != NOTHING)
     b.frame[i] = frame
-    if frame >= FIRST_FRAME and m.frames[frame].home == NO_HOME:
-        m.frames[frame].home = <uint32_t>(b.vpn + i)
+    if m.origins and frame >= FIRST_FRAME and m.origins[frame].home == NO_HOME:
+        m.origins[frame].home = <uint32_t>(b.vpn + i)
     b.anon = b.anon | bit if anon else b.anon & ~bit
     b.settled &= ~bit
+    b.calm &= ~bit
     b.clean &= ~bit
 
 
@@ -249,8 +281,8 @@ cdef inline void mark_slot(Store *m, uint32_t slot, bint marked) noexcept nogil:
 
 cdef inline void swap_drop(Store *m, uint32_t f) noexcept nogil:
     """One swapped slot less refers to f."""
-    m.frames[f].swapped -= 1
-    if m.frames[f].swapped == 0:
+    m.origins[f].swapped -= 1
+    if m.origins[f].swapped == 0:
         m.frames[f].flags &= ~CACHED
         m.swapped_pages -= 1
         if m.frames[f].mappers == 0:

@@ -56,7 +56,7 @@ cdef inline void leave_tree(Store *m, uint32_t slot) noexcept nogil:
             unhang(m, slot)
     elif b.state[i] >= IN_UNSTABLE:
         if b.state[i] == unstable_state(m):
-            unstable_erase(m, b.link[i])
+            unstable_erase(m, slot)
         b.state[i] = IN_NONE
         m.pages_unshared -= 1
 
@@ -71,6 +71,7 @@ cdef inline void drop_items(Store *m, Block *b, uint32_t id, uint64_t mask) noex
         bits &= bits - 1
         leave_tree(m, id << 6 | <uint32_t>i)
         b.item &= ~(<uint64_t>1 << i)
+        b.calm &= ~(<uint64_t>1 << i)
     m.rmap_items -= dropped
     m.spaces[b.mm].items -= dropped
 
@@ -82,7 +83,7 @@ cdef inline bint one_huge_page(Store *m, uint32_t slot, uint32_t other) noexcept
     cdef uint64_t unit = (b.vpn + (slot & 63)) & ~<uint64_t>(m.huge - 1)
     if not (m.frames[f].flags & HUGE and m.frames[g].flags & HUGE):
         return False
-    near = find_slot(m, b.mm, unit + (m.frames[g].home & (m.huge - 1)))
+    near = find_slot(m, b.mm, unit + (m.origins[g].home & (m.huge - 1)))
     return near != NO_SLOT and slot_frame(m, near) == g
 
 

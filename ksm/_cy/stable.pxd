@@ -65,6 +65,8 @@ cdef inline bint candidate(Store *m, uint32_t n, uint32_t more) noexcept nogil:
 cdef inline void set_count(Store *m, uint32_t n, uint32_t count) noexcept nogil:
     cdef bint before = candidate(m, n, 0)
     m.stable[n].count = count
+    if not before and candidate(m, n, 0):
+        m.calm_valid = False    # a calm slot may find it
     if m.stable[n].kind == DUP:
         m.stable[m.stable[n].owner].candidates += candidate(m, n, 0) - <int>before
         settle(m, m.stable[n].owner)
@@ -82,7 +84,7 @@ cdef inline void settle(Store *m, uint32_t chain) noexcept nogil:
     c.unsettled = unsettled
 
 
-cdef inline uint32_t new_stable(Store *m, uint8_t kind, uint8_t nid, uint64_t hash) noexcept nogil:
+cdef inline uint32_t new_stable(Store *m, uint8_t kind, uint8_t nid, uint32_t hash) noexcept nogil:
     """An empty stable node or chain; `reserve` went before."""
     cdef uint32_t n = m.free_stable
     if n:
@@ -103,8 +105,8 @@ cdef inline void free_stable_node(Store *m, uint32_t n) noexcept nogil:
     m.free_stable = n
 
 
-cdef inline uint64_t table_key(uint64_t hash, uint8_t nid) noexcept nogil:
-    return hash ^ (<uint64_t>nid * 0x9e3779b97f4a7c15u)
+cdef inline uint32_t table_key(uint32_t hash, uint8_t nid) noexcept nogil:
+    return hash ^ (<uint32_t>nid * 0x9e3779b9u)
 
 
 cdef inline const uint8_t *place_content(Store *m, uint32_t place) noexcept nogil:
@@ -253,7 +255,7 @@ cdef inline bint stable_clean(Store *m) noexcept nogil:
 
 cdef inline uint32_t stable_lookup(Store *m, uint32_t f, uint8_t nid) noexcept nogil:
     """The tree place with f's content, from the table; 0: none."""
-    cdef uint64_t hash = frame_hash(m, f), key = table_key(hash, nid)
+    cdef uint32_t hash = frame_hash(m, f), key = table_key(hash, nid)
     cdef uint64_t at = table_start(&m.stable_table, key)
     cdef uint32_t place, n
     while True:
@@ -496,7 +498,7 @@ cdef inline int remove_node(Store *m, uint32_t n) noexcept nogil:
 
 cdef inline bint in_table(Store *m, uint32_t n) noexcept nogil:
     """Whether the table leads to the tree place of n (dups: true)."""
-    cdef uint64_t key = table_key(m.stable[n].hash, m.stable[n].nid)
+    cdef uint32_t key = table_key(m.stable[n].hash, m.stable[n].nid)
     cdef uint64_t at = table_start(&m.stable_table, key)
     cdef uint32_t place
     if not m.hash_index or m.stable[n].kind == DUP or m.stable[n].kind == MIGRATING:

@@ -6,18 +6,16 @@ from libc.stdlib cimport realloc
 
 from ksm._cy.rbtree cimport INDEX, Node
 from ksm._cy.table cimport Table
-from ksm._cy.types cimport SLOTS, Block, Frame, Space, StableNode
+from ksm._cy.types cimport SLOTS, Block, Frame, Origin, Space, StableNode
 
 
 cdef extern from *:
     """
     #define ctz64(x) __builtin_ctzll(x)
     #define popcount64(x) __builtin_popcountll(x)
-    #define prefetch(p) __builtin_prefetch(p)
     #define bit_length64(x) ((x) ? 64 - __builtin_clzll(x) : 0)
     """
     int ctz64(uint64_t x) noexcept nogil
-    void prefetch(const void *p) noexcept nogil
     int popcount64(uint64_t x) noexcept nogil
     int bit_length64(uint64_t x) noexcept nogil
 
@@ -76,13 +74,15 @@ ctypedef struct Store:
     uint32_t huge  # slots of a huge page
     bint gate_first, zero_giveback, counts_zero_pages
     uint8_t *zero  # the content of the zero page
-    uint64_t zero_hash
+    uint32_t zero_hash
 
     Block **blocks
     uint32_t block_count, block_capacity, free_blocks_count, free_blocks_capacity
     uint32_t *free_blocks
     Frame *frames
     uint32_t frame_count, frame_capacity, free_frame
+    Origin *origins  # by frame; NULL until something needs them
+    uint32_t origin_capacity
     Space *spaces
     uint32_t space_count, space_capacity
     uint64_t born
@@ -103,14 +103,17 @@ ctypedef struct Store:
     bint chains_due
 
     # Unstable trees of this pass.
-    Node *joined
+    uint32_t *joined  # the slot of each node; its top bit: look before you trust it
+    Node *links  # their trees, up to `built`; room for all of them, so that building cannot fail
     uint8_t *joined_nid
-    uint32_t joined_count, joined_capacity, nid_capacity, built
+    uint32_t joined_count, joined_capacity, link_capacity, nid_capacity, built
     uint32_t *unstable_roots
     uint64_t *unstable_sizes
     Table unstable_table
     Erased *erased
     uint32_t erased_count, erased_capacity, erased_done
+    bint implicit  # only calm slots have joined so far: their states say which, nothing else does
+    bint calm_valid  # no two calm slots, and no calm slot and a node with room, have equal content
     bint unstable_changed  # something in the unstable trees changed: walk them
     bint check_all  # a shared frame became KSM: trust no unstable node
 

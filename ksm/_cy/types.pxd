@@ -42,6 +42,7 @@ ctypedef struct Block:
     uint64_t item               # slots with an rmap item
     uint64_t clean              # slots that have not written since MADV_FREE or since a merge
     uint64_t settled            # slots whose item hangs on the node of the KSM frame that they map
+    uint64_t calm               # slots whose last visit found nothing equal, and which have not changed since
     uint32_t mm
     uint32_t used               # slots whose frame is not NOTHING
     uint32_t frame[64]
@@ -56,20 +57,23 @@ ctypedef struct Block:
 
 ctypedef struct Frame:
     const uint8_t *data         # page bytes, or the 16 bytes of a fingerprint
-    uint64_t hash               # low half of XXH3-128
+    uint32_t hash               # bits 32 to 63 of XXH3-128: what tables and checksums use
     uint32_t mappers            # slots that map it
-    uint32_t swapped            # slots whose content it is in swap
-    uint32_t pins               # others who need its content: a stable node, the erase log
     uint32_t node               # KSM: its stable node. Free: the next free frame
-    uint32_t home               # low half of the page number where it was first mapped, or read back to
-    uint16_t root               # CACHED: low half of the space root that it was read back for
+    uint16_t pins               # others who need its content: a stable node, a visit, the erase log
     uint8_t nid
     uint8_t flags
 
 
+ctypedef struct Origin:         # what only swap, lazy freeing and huge pages need to know of a frame
+    uint32_t swapped            # slots whose content it is in swap
+    uint32_t home               # low half of the page number where it was first mapped, or read back to
+    uint32_t root               # CACHED: low half of the space root that it was read back for
+
+
 ctypedef struct StableNode:
-    uint64_t hash
     uint64_t prune_tick         # CHAIN: jiffies of the last pruning
+    uint32_t hash
     uint32_t frame
     uint32_t count              # items on it; CHAIN: dups in it
     uint32_t first              # its first item's slot; CHAIN: its first dup

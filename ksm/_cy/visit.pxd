@@ -10,7 +10,7 @@ from ksm._cy.stable cimport drop_node, hang, misplaced, place_migrating, stable_
 from ksm._cy.store cimport Store, Erased, NO_MEMORY, SEARCH_GIVEN_UP, NOT_FOUND, grow
 from ksm._cy.table cimport table_reserve
 from ksm._cy.types cimport DIRTY, FIRST_FRAME, IN_STABLE, KSM, KSM_ZERO, ZERO_PAGE, MIGRATING, Block, StableNode
-from ksm._cy.unstable cimport build_unstable, touch_unstable, unstable_search
+from ksm._cy.unstable cimport build_unstable, reserve_joined, touch_unstable, unstable_search
 
 
 cdef inline int reserve(Store *m) noexcept nogil:
@@ -22,12 +22,6 @@ cdef inline int reserve(Store *m) noexcept nogil:
     if m.place_count + 1 > m.place_capacity:
         if grow(<void **>&m.places, &m.place_capacity, <uint64_t>m.place_count + 1, sizeof(Node)) < 0:
             return NO_MEMORY
-    if m.joined_count + 1 > m.joined_capacity:
-        if grow(<void **>&m.joined, &m.joined_capacity, <uint64_t>m.joined_count + 1, sizeof(Node)) < 0:
-            return NO_MEMORY
-    if m.nodes > 1 and m.joined_count + 1 > m.nid_capacity:
-        if grow(<void **>&m.joined_nid, &m.nid_capacity, <uint64_t>m.joined_count + 1, 1) < 0:
-            return NO_MEMORY
     if m.erased_count + 1 > m.erased_capacity:
         if grow(<void **>&m.erased, &m.erased_capacity, <uint64_t>m.erased_count + 1,
                 sizeof(Erased)) < 0:
@@ -36,16 +30,14 @@ cdef inline int reserve(Store *m) noexcept nogil:
         if grow(<void **>&m.pending, &m.pending_capacity, <uint64_t>m.pending_count + 1,
                 sizeof(uint32_t)) < 0:
             return NO_MEMORY
-    if table_reserve(&m.stable_table, 1) < 0 or table_reserve(&m.unstable_table, 1) < 0:
+    if table_reserve(&m.stable_table, 1) < 0:
         return NO_MEMORY
-    return 0
+    return reserve_joined(m, m.rmap_items + 1 if m.implicit else 1)
 
 
 cdef inline bint skip(Store *m, Block *b, uint32_t i) noexcept nogil:
     """Smart scan: age the item of a slot that maps no KSM frame; whether this visit is skipped."""
     cdef uint8_t age = b.age[i]
-    if m.frames[b.frame[i]].flags & KSM:
-        return False
     if age < 255:
         b.age[i] = age + 1
     if age < 3:
@@ -63,6 +55,7 @@ cdef inline void visit(Store *m, uint32_t slot) noexcept nogil:
     cdef Block *b = m.blocks[slot >> 6]
     cdef uint32_t f = b.frame[slot & 63]
     cdef uint8_t nid = 0 if m.merge_across_nodes else m.frames[f].nid
+    b.calm &= ~(<uint64_t>1 << (slot & 63))
     if m.frames[f].flags & KSM:
         visit_ksm(m, slot, f, nid)
         return
@@ -93,7 +86,7 @@ cdef inline void visit_frame(Store *m, uint32_t slot, uint32_t f, uint8_t nid) n
 cdef inline bint pass_gate(Store *m, uint32_t slot, uint32_t f) noexcept nogil:
     """Whether the visit goes on: the page holds what it held last time, and it is no page of zeros to give up."""
     cdef Block *b = m.blocks[slot >> 6]
-    cdef uint32_t i = slot & 63, sum = <uint32_t>(frame_hash(m, f) >> 32)
+    cdef uint32_t i = slot & 63, sum = frame_hash(m, f)
     m.hashed += 1
     if b.checksum[i] != sum:
         b.checksum[i] = sum
@@ -115,6 +108,7 @@ cdef inline void find_partner(Store *m, uint32_t slot, uint32_t f, uint8_t nid) 
         merge_two(m, slot, n, nid)
     elif n == NOT_FOUND and (slot_frame(m, slot) != f or m.frames[f].flags & KSM):
         touch_unstable(m, slot)     # what stands there is not what the table takes it for
+        m.blocks[slot >> 6].calm &= ~(<uint64_t>1 << (slot & 63))
 
 
 cdef inline void visit_ksm(Store *m, uint32_t slot, uint32_t f, uint8_t nid) noexcept nogil:

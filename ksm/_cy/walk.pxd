@@ -3,11 +3,13 @@
 
 from libc.stdint cimport uint32_t, uint64_t
 
+from ksm._cy.calm cimport block_is_calm, scan_calm, start_calm
 from ksm._cy.frames cimport find_block, sweep_blocks
+from ksm._cy.memory cimport fetch
 from ksm._cy.slots cimport drop_all_items, drop_items, leave_tree
 from ksm._cy.stable cimport drop_node, note_due_chains
-from ksm._cy.store cimport Store, NO_MEMORY, BUDGET_SPENT, PASS_ENDED, IDLE, below, ctz64, popcount64, prefetch
-from ksm._cy.types cimport IN_NONE, SLOTS, Block, Space
+from ksm._cy.store cimport Store, NO_MEMORY, BUDGET_SPENT, PASS_ENDED, IDLE, below, ctz64, popcount64
+from ksm._cy.types cimport IN_NONE, KSM, SLOTS, Block, Space
 from ksm._cy.unstable cimport clear_unstable
 from ksm._cy.visit cimport reserve, skip, visit
 
@@ -42,6 +44,7 @@ cdef inline void start_pass(Store *m) noexcept nogil:
         if m.stable[n].stale:
             drop_node(m, n)
         n = next
+    start_calm(m)
     m.cursor = m.spaces[0].next
     m.cursor_vpn = 0
 
@@ -56,12 +59,17 @@ cdef inline int scan_space(Store *m, uint64_t *budget) noexcept nogil:
         id = space.blocks[at]
         b = m.blocks[id]
         if at + 4 < space.count:
-            prefetch(m.blocks[space.blocks[at + 4]])
+            fetch(m.blocks[space.blocks[at + 4]])
         from_here = ~below(m.cursor_vpn - b.vpn) if m.cursor_vpn > b.vpn else <uint64_t>-1
         bits = b.anon & b.marked & from_here
         if bits == 0:
             drop_items(m, b, id, from_here)
             m.cursor_vpn = b.vpn + SLOTS
+            at += 1
+            continue
+        if block_is_calm(m, b, bits, from_here):
+            if scan_calm(m, b, bits, budget) == BUDGET_SPENT:
+                return BUDGET_SPENT
             at += 1
             continue
         # Visits to merged slots change nothing but two counts: a whole block of them is one step.
@@ -84,7 +92,7 @@ cdef inline int scan_space(Store *m, uint64_t *budget) noexcept nogil:
             space.items += 1
             m.rmap_items += 1
         m.cursor_vpn = b.vpn + i + 1
-        if m.smart_scan and skip(m, b, i):
+        if m.smart_scan and not m.frames[b.frame[i]].flags & KSM and skip(m, b, i):
             leave_tree(m, id << 6 | i)
             continue
         if reserve(m) < 0:
@@ -125,5 +133,7 @@ cdef inline int scan(Store *m, uint64_t budget) noexcept nogil:
         if m.spaces[mm].exited or (fresh and not m.spaces[mm].any_marked):
             unregister(m, mm)
         fresh = True
+    if m.implicit:
+        clear_unstable(m)
     m.full_scans += 1
     return PASS_ENDED
