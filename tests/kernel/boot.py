@@ -6,6 +6,7 @@ Each guest is emulated, has its memory out of the host's KSM, and talks over a s
 from __future__ import annotations
 
 import importlib.util
+import lzma
 import os
 import py_compile
 import re
@@ -35,6 +36,7 @@ mount -t tmpfs groups /sys/fs/cgroup && mkdir /sys/fs/cgroup/memory
 if ! mount -t cgroup -o memory groups /sys/fs/cgroup/memory 2>/dev/null; then
     umount /sys/fs/cgroup; mount -t cgroup2 groups /sys/fs/cgroup; echo +memory > /sys/fs/cgroup/cgroup.subtree_control
 fi
+for module in /modules/*; do insmod $module; done
 @PROGRAM@
 echo "the program has ended: $?"
 poweroff -f
@@ -51,6 +53,18 @@ def kernel_image(kernel: str = KERNEL) -> Path:
 def busybox() -> Path:
     """A static busybox."""
     return next(unpacked("busybox-static").glob("**/bin/busybox"))
+
+
+def modules(kernel: str, *wanted: str) -> dict[str, bytes]:
+    """Modules of a Debian kernel, decompressed, each after those it needs; names that it has not are left out."""
+    found: dict[str, bytes] = {}
+    for name in wanted if not os.path.isfile(kernel) else ():
+        for path in unpacked(kernel).glob(f"lib/modules/**/{name}.ko*"):
+            content = lzma.decompress(path.read_bytes()) if path.suffix == ".xz" else path.read_bytes()
+            needs = re.search(rb"\0depends=([^\0]*)", content)
+            found |= modules(kernel, *needs[1].decode().replace("_", "[-_]").split(",")) if needs and needs[1] else {}
+            found[path.name.partition(".")[0]] = content
+    return found
 
 
 def why_not(kernel: str = KERNEL) -> str | None:
@@ -93,6 +107,12 @@ class Tree:
         if path.suffix != ".py":
             for library in libraries(path):
                 self.add(library)
+
+    def add_modules(self, contents: dict[str, bytes]) -> None:
+        """Kernel modules, to be loaded in this order."""
+        (self.root / "modules").mkdir()
+        for number, (name, content) in enumerate(contents.items()):
+            (self.root / "modules" / f"{number:02}-{name}").write_bytes(content)
 
     def add_python(self, module: str, source: Path) -> str:
         """This interpreter and all that `module`, found in `source`, imports; the command that runs it.
@@ -169,6 +189,11 @@ class Guest:
         self._qemu.kill()
         self._qemu.communicate()
 
+    @property
+    def running(self) -> bool:
+        """Whether QEMU has not ended."""
+        return self._qemu.poll() is None
+
     def send(self, line: bytes) -> None:
         """A line, with its end, to the guest's program."""
         assert self._qemu.stdin is not None
@@ -186,6 +211,7 @@ class Guest:
                     raise TimeoutError(f"the guest said nothing for {seconds:g} s\n{self._last_words()}")
                 part = os.read(self._qemu.stdout.fileno(), 1 << 16)
                 if not part:
+                    self._qemu.wait(10)
                     raise RuntimeError(f"the guest has ended\n{self._last_words()}")
                 self._got += part
         line, _, self._got = self._got.partition(b"\n")

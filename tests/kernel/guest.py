@@ -38,24 +38,25 @@ class Judge:
         yield from steps
 
 
-def initramfs(directory: Path) -> Path:
-    """A guest's files, with the agent as its program."""
+def initramfs(directory: Path, kernel: str) -> Path:
+    """A guest's files, with the agent as its program, and zram for swap space."""
     root = directory / "root"
     root.mkdir()
     tree = boot.Tree(root)
     agent = tree.add_python("tests.kernel.agent", HERE)
     tree.add(worker(), Path("/bin/ksm-worker"))
+    tree.add_modules(boot.modules(kernel, "lzo-rle", "zram"))
     archive = directory / "initramfs"
     tree.archive(archive, f"{WORKER}=/bin/ksm-worker {agent} /dev/ttyS1")
     return archive
 
 
 @contextmanager
-def booted(kernel: Path, nodes: int = 1, log: Path | None = None) -> Iterator[Judge]:
+def booted(kernel: str = boot.KERNEL, nodes: int = 1, log: Path | None = None) -> Iterator[Judge]:
     """A kernel that judges."""
     with tempfile.TemporaryDirectory(prefix="ksm-guest-") as directory:
-        archive = initramfs(Path(directory))
-        with boot.Guest(kernel, archive, nodes, MEBIBYTES, log) as guest:
+        archive = initramfs(Path(directory), kernel)
+        with boot.Guest(boot.kernel_image(kernel), archive, nodes, MEBIBYTES, log) as guest:
             yield Judge(guest)
 
 
@@ -71,7 +72,7 @@ def main() -> int:
         print(f"cannot run: {reason}")
         return 77
     try:
-        with booted(boot.kernel_image(a.kernel), a.nodes, a.log) as judge:
+        with booted(a.kernel, a.nodes, a.log) as judge:
             print(f"{judge.release}, {judge.nodes} nodes", flush=True)
             while not comparison.finished():
                 comparison.one(judge.run, judge.release, judge.nodes)
