@@ -163,7 +163,7 @@ def length(found: list[Snapshot] | Trace, seconds: float | None) -> float:
     """
     if seconds is not None:
         return seconds
-    return max(found.duration, 1.0) if isinstance(found, Trace) else 600.0
+    return max(round(found.duration, 1), 1.0) if isinstance(found, Trace) else 600.0
 
 
 def write_csv(file: TextIO, samples: Iterable[Sample]) -> None:
@@ -217,7 +217,7 @@ def sentences(found: Simulation) -> list[str]:
     moved = len({sample.settled_bytes for sample in found.samples}) > 1
     goal = last.settled_bytes if moved or found.sample_of > 1 else found.settled.saved_bytes
     whens = [
-        f"{share} %{' of that are there' if share == SHARES[0] else ''} "
+        f"{share} %{' of that are there' if share == SHARES[0] and not moved else ''} "
         + ("later than this simulation went" if when is None else f"after {clock(when)}")
         for share, when in found.reached.items()
     ]
@@ -225,7 +225,7 @@ def sentences(found: Simulation) -> list[str]:
         result = ["There is nothing to save: no two of these pages are equal."]
     elif moved:
         result = [
-            f"Memory as it is at the end settles at {binary(goal)}; of each moment's own goal, {', '.join(whens)}.",
+            f"Memory as it is at the end settles at {binary(goal)}. Of each moment's own goal: {', '.join(whens)}.",
             f"On average {binary(found.mean_saved_bytes)} are saved; {last.cow_ksm or 0:,} writes broke the sharing.",
         ]
     else:
@@ -239,4 +239,7 @@ def sentences(found: Simulation) -> list[str]:
             f"Extrapolated from a sample of one content in {found.sample_of:,}: the settled saving is "
             f"{binary(goal)} ± {binary(found.settled_error_bytes)} (one standard error, from sampling alone)."
         )
-    return [*result, *("Assumed: " + line[0].lower() + line[1:] for line in found.settled.assumed)]
+    assumed = found.settled.assumed
+    if moved:
+        assumed = ("All these pages are mergeable, and change when the trace saw that they had.", *assumed[1:])
+    return [*result, *("Assumed: " + line[0].lower() + line[1:] for line in assumed)]

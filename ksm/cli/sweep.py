@@ -170,13 +170,13 @@ def sentences(found: Sweep) -> list[str]:
 
     >>> from ksm.sweep import sweep
     >>> sentences(sweep([b"x" * 40960], {"pages_to_scan": [1, 100]}, seconds=1, every=0.1))[0]
-    'Over 1 s, pages_to_scan 100 saves most on average: 34.2 KiB, for 0.01 % of a CPU.'
+    'Over 1 s, pages_to_scan 100 is the cheapest within 5 % of the best average saving: 34.2 KiB, for 0.01 % of a CPU.'
     """
     best = found.best()
     named = ", ".join(f"{name} {value}" for name, value in best.tunables.items())
     lines = [
-        f"Over {clock(found.seconds)}, {named} saves most on average: {binary(best.mean_saved_bytes)}, for "
-        f"{100 * best.ksmd_cpu_share:.2f} % of a CPU."
+        f"Over {clock(found.seconds)}, {named} is the cheapest within 5 % of the best average saving: "
+        f"{binary(best.mean_saved_bytes)}, for {100 * best.ksmd_cpu_share:.2f} % of a CPU."
     ]
     if found.sample_of > 1:
         lines.append(f"Extrapolated from a sample of one content in {found.sample_of:,}.")
