@@ -27,7 +27,7 @@ class Plan:
 
     def __init__(self, gib: float, rounds: int, quick: bool, directory: str | None) -> None:
         n = int(gib * PAGES_A_GIB)
-        few = max(1, rounds // 2)
+        few = max(1, rounds // 3)
         most = 2**18 if quick else 2**24
         self.sizes = [n >> shift for shift in range(8, -1, -1) if n >> shift >= min(n, PAGES_A_GIB // 4)]
         self.rounds = few
@@ -48,14 +48,18 @@ class Plan:
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--size", "gib", type=click.FloatRange(0.001), default=4.0, show_default=True, help="GiB of pages.")
 @click.option(
-    "--rounds", type=click.IntRange(1), default=6, show_default=True, help="Of each measurement; the slow ones half."
+    "--rounds",
+    type=click.IntRange(1),
+    default=9,
+    show_default=True,
+    help="Of each measurement; a third as many of slow ones.",
 )
 @click.option("--only", multiple=True, help="A part: reading, kernel, command, memory, growth, import or contest.")
 @click.option("--quick", is_flag=True, help="A few seconds on 16 MiB: shows the shape, its figures mean nothing.")
 @click.option("--json", "json_file", metavar="FILE", help="Write all of it as JSON.")
 @click.option("--picture", "picture_file", metavar="FILE", help="Draw it, as .svg or .png.")
 @click.option("--load", "load_file", metavar="FILE", help="Show what --json wrote, measuring nothing.")
-@click.option("--update", "document", metavar="FILE", help="Put the tables between the markers of a document.")
+@click.option("--update", "documents", multiple=True, metavar="FILE", help="Put the tables between its markers.")
 @click.option("--directory", help="Where the file for `ksm estimate` is written.  [default: the temporary directory]")
 @click.option("--check", is_flag=True, help="Exit with 1 if a goal is missed.")
 def command(
@@ -66,7 +70,7 @@ def command(
     json_file: str | None,
     picture_file: str | None,
     load_file: str | None,
-    document: str | None,
+    documents: tuple[str, ...],
     directory: str | None,
     check: bool,
 ) -> None:
@@ -91,7 +95,7 @@ def command(
         Path(json_file).write_text(json.dumps(answer, indent=1) + "\n")
     if picture_file is not None:
         show.picture(rows, costs).save(picture_file, scale_factor=2)
-    if document is not None:
+    for document in documents:
         update(Path(document), show.markdown(machine, rows, costs))
     if check and any(row.verdict == "missed" for row in rows):
         sys.exit(1)

@@ -123,7 +123,7 @@ def _guest(n: int) -> ksm.Fingerprints:
     random = np.random.default_rng(1)
     words = random.integers(0, 2**64, (n, 2), dtype=np.uint64)
     words[::3] = words[random.integers(0, 4096, len(words[::3]))]
-    words[1::16] = ksm.fingerprint(bytes(4096)).words[0]
+    words[1::17] = ksm.fingerprint(bytes(4096)).words[0]
     return ksm.Fingerprints(words)
 
 

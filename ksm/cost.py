@@ -89,7 +89,7 @@ class CostModel:
     """A level of the stable tree."""
     deep_ns: float = 270.0
     """What a level of either tree costs on top, beyond the first 8."""
-    skip_ns: float = 100.0
+    skip_ns: float = 250.0
     """Passing over a page that smart scan skips."""
     origin: str = field(default=_BUILT_IN, compare=False)
     """Where the figures are from, for people."""

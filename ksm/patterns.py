@@ -41,21 +41,22 @@ def _few(number: Numbers, n: int) -> Numbers:
 
 def _guest(number: Numbers, n: int) -> Numbers:
     content = np.where(number % np.uint64(3) == 0, number % np.uint64(12288), number)
-    return np.where(number % np.uint64(16) == 1, _ZERO, content)
+    return np.where(number % np.uint64(17) == 1, _ZERO, content)
 
 
 def _zeros(number: Numbers, n: int) -> Numbers:
-    return np.where(number % np.uint64(2) == 0, _ZERO, number)
+    return np.where(number % np.uint64(7) < 3, _ZERO, number)
 
 
+# Numbers of zero pages that are no multiples of max_page_sharing: chains of which every dup is full are rare, and dear.
 _CONTENTS: Mapping[str, tuple[str, Callable[[Numbers, int], Numbers]]] = MappingProxyType(
     {
         "unique": ("no two pages are equal", _unique),
         "copies": ("16 copies of each content, far apart", _copies(16)),
         "pairs": ("2 copies of each content, far apart", _copies(2)),
         "few": ("every second page is a copy of one of 512 contents, the others unique", _few),
-        "guest": ("a third of the pages copies of 4,096 contents, a sixteenth zeros, the others unique", _guest),
-        "zeros": ("every second page zero, the others unique", _zeros),
+        "guest": ("a third of the pages copies of 4,096 contents, one in 17 zeros, the others unique", _guest),
+        "zeros": ("three of seven pages zero, the others unique", _zeros),
     }
 )
 
