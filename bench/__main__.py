@@ -19,7 +19,9 @@ from bench.rows import Row
 
 ROOT = Path(__file__).parents[1]
 PAGES_A_GIB = 2**18
-MARKERS = ("<!-- bench: made by python -m bench -->", "<!-- bench: end -->")
+# Between these and END a document gets all tables, or those that say the most.
+STARTS = {"<!-- bench: made by python -m bench -->": False, "<!-- bench: summary made by python -m bench -->": True}
+END = "<!-- bench: end -->"
 
 
 class Plan:
@@ -96,7 +98,7 @@ def command(
     if picture_file is not None:
         show.picture(rows, costs).save(picture_file, scale_factor=2)
     for document in documents:
-        update(Path(document), show.markdown(machine, rows, costs))
+        update(Path(document), machine, rows, costs)
     if check and any(row.verdict == "missed" for row in rows):
         sys.exit(1)
 
@@ -122,14 +124,17 @@ def loaded(file: Path) -> tuple[dict[str, Any], list[Row], list[Cost]]:
     return found["machine"], [Row.from_dict(row) for row in found["rows"]], [Cost(**cost) for cost in found["contest"]]
 
 
-def update(document: Path, tables: str) -> None:
+def update(document: Path, machine: dict[str, Any], rows: Sequence[Row], costs: Sequence[Cost]) -> None:
     """Put the tables between the markers."""
-    start, end = map(re.escape, MARKERS)
-    old = document.read_text()
-    new, found = re.subn(f"{start}\n.*?{end}", lambda _: f"{MARKERS[0]}\n{tables}{MARKERS[1]}", old, flags=re.DOTALL)
+    text = document.read_text()
+    found = 0
+    for start, brief in STARTS.items():
+        new = f"{start}\n{show.markdown(machine, rows, costs, brief)}{END}"
+        text, times = re.subn(f"{re.escape(start)}\n.*?{re.escape(END)}", lambda _, n=new: n, text, flags=re.DOTALL)
+        found += times
     if not found:
-        raise click.UsageError(f"{document} has no lines {MARKERS[0]} and {MARKERS[1]}")
-    document.write_text(new)
+        raise click.UsageError(f"{document} has no lines {' or '.join(STARTS)}, and {END}")
+    document.write_text(text)
 
 
 if __name__ == "__main__":

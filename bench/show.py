@@ -85,18 +85,26 @@ def gibibytes(pages: int) -> str:
 # ---- Markdown ----------------------------------------------------------------------------------------
 
 
-def markdown(machine: dict[str, Any], rows: Sequence[Row], costs: Sequence[Cost]) -> str:
-    """The section of the README."""
-    lines = [f"Measured on {sentence(machine)}. Medians of rounds in which every contestant runs once.", ""]
+def markdown(machine: dict[str, Any], rows: Sequence[Row], costs: Sequence[Cost], brief: bool = False) -> str:
+    """All tables; `brief`: the goals and what the contestants cost from the page bytes on."""
+    lines = [f"Measured on {sentence(machine)}.", ""]
     lines += ["| what | must | aim | got |", "| --- | --- | --- | --- |"]
-    lines += [f"| {what} | {must} | {aim} | {got} |" for what, must, aim, got, _ in map(_cells, rows)]
+    shown = [row for row in rows if row.must is not None or not brief]
+    lines += [f"| {what} | {must} | {aim} | {got} |" for what, must, aim, got, _ in map(_cells, shown)]
     for section, title in SECTIONS.items():
-        some = [cost for cost in costs if cost.section == section]
+        some = [cost for cost in costs if cost.section == section and not (brief and section == "keys")]
         if not some:
             continue
         lines += ["", f"{title}:", "", "| | " + " | ".join(map(gibibytes, _sizes(some))) + " |"]
         lines.append("| --- |" + " ---: |" * len(_sizes(some)))
         lines += [f"| {name} | " + " | ".join(map(figure, line)) + " |" for name, line in _by_name(some)]
+    if not brief:
+        made = [row for row in rows if row.detail]
+        lines += ["", "What the figures are made of:", ""]
+        lines += [
+            f"- {row.what}: " + ", ".join(f"{name} {figure(value)}" for name, value in row.detail.items())
+            for row in made
+        ]
     return "\n".join(lines) + "\n"
 
 

@@ -108,6 +108,7 @@ class Total:
     passes: int
     seconds: float
     predicted_seconds: float
+    page_size: int = 4096
 
     @property
     def error(self) -> float:
@@ -340,7 +341,13 @@ def totals(observations: Iterable[Observation], cost: CostModel) -> list[Total]:
     for one in observations:
         found.setdefault((one.kind, one.pages), []).append(one)
     return [
-        Total(*key, len(some), sum(one.seconds for one in some), sum(one.predicted(cost) for one in some))
+        Total(
+            *key,
+            len(some),
+            sum(one.seconds for one in some),
+            sum(one.predicted(cost) for one in some),
+            some[0].page_size,
+        )
         for key, some in found.items()
     ]
 

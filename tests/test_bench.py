@@ -81,6 +81,10 @@ def test_results_can_be_shown_again(results: Path, tmp_path: Path) -> None:
     document.write_text("before\n<!-- bench: made by python -m bench -->\nold\n<!-- bench: end -->\nafter\n")
     printed = bench("--load", str(results), "--update", str(document), where=tmp_path)
     first, *table, last = document.read_text().splitlines()
+    document.write_text("<!-- bench: summary made by python -m bench -->\n<!-- bench: end -->\n")
+    bench("--load", str(results), "--update", str(document), where=tmp_path)
+    brief = document.read_text()
+    assert all(f"| {what} |" in brief for what in GOALS) and "with prefetch" not in brief
     assert (first, last) == ("before", "after")
     assert "old" not in table
     for what in GOALS:

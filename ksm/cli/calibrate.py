@@ -160,7 +160,7 @@ def table(rows: Sequence[Total]) -> Table:
     for row in rows:
         result.add_row(
             row.kind,
-            binary(row.pages * 4096),
+            binary(row.pages * row.page_size),
             str(row.passes),
             f"{row.seconds:.3f} s",
             f"{row.predicted_seconds:.3f} s",
@@ -183,4 +183,4 @@ def _error(row: Total) -> str:
 
 
 def _name(row: Total) -> str:
-    return f"{binary(row.pages * 4096)} of {row.kind} pages"
+    return f"{binary(row.pages * row.page_size)} of {row.kind} pages"
