@@ -199,7 +199,15 @@ class Observation:
         return tuple(sorted(found, key=lambda process: process.stats.profit))
 
 
-_MONOTONIC = ("full_scans", "pages_scanned", "pages_skipped", "cow_ksm", "ksm_swpin_copy", "ksmd_cpu_seconds")
+_MONOTONIC = (
+    "full_scans",
+    "pages_scanned",
+    "pages_skipped",
+    "cow_ksm",
+    "ksm_swpin_copy",
+    "thp_split_page",
+    "ksmd_cpu_seconds",
+)
 
 
 def _counters(sample: Sample) -> dict[str, int | float]:
@@ -289,7 +297,7 @@ class Observer:
             tunables=ksm.tunables(),
             stats=ksm.snapshot(),
             other={name: ksm.read(name).strip() for name in ksm.names() if name not in ATTRIBUTES},
-            vmstat=_or_nothing(host),
+            vmstat=_vmstat(host),
             ksmd_cpu_seconds=self._ksmd_cpu(host),
             memory=_memory(host),
             huge_pages=_huge_pages(host),
@@ -348,10 +356,17 @@ def _kernel(host: Host) -> str:
     return _text(host.proc / "sys/kernel/osrelease").strip() or os.uname().release
 
 
-def _or_nothing(host: Host) -> dict[str, int]:
-    with contextlib.suppress(UnsupportedError, OSError):
-        return host.vmstat
-    return {}
+_VMSTAT = ("cow_ksm", "ksm_swpin_copy", "thp_split_page")
+
+
+def _vmstat(host: Host) -> dict[str, int]:
+    """KSM's lines, and how many huge pages were split: the zero pages that this gives back (6.12) nothing counts."""
+    found = {}
+    for line in _text(host.proc / "vmstat").splitlines():
+        name, _, value = line.partition(" ")
+        if name in _VMSTAT and value.isdecimal():
+            found[name] = int(value)
+    return found
 
 
 def _memory(host: Host) -> Memory:

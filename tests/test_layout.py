@@ -34,7 +34,7 @@ LAYERS = [
     {"observe"},
     {"saved", "passes"},
     {"rules"},
-    {"estimate", "advise", "trace", "tune", "policies", "optin"},
+    {"estimate", "advise", "trace", "tune", "exporter", "policies", "optin"},
     {"tuner"},
     {"simulation"},
     {"plan", "sweep"},

@@ -23,12 +23,14 @@ _COMMANDS: Mapping[str, str] = MappingProxyType(
         "calibrate": "Measure what ksmd's work costs on this host, for simulate.",
         "demo": "Show it at work on eight live processes, beside the kernel's own counters.",
         "estimate": "What KSM would save on these images or processes.",
+        "export": "KSM as Prometheus metrics over HTTP.",
         "record": "Record what memory holds over time, to replay it under any tunables.",
         "formats": "The memory images and other sources that are understood.",
         "info": "What a memory image is, and what is in it.",
         "run": "Run a program with its memory opted in to KSM.",
         "simulate": "How KSM gets there: its counters over time.",
         "sweep": "Which tunables bring the saving how soon, and at what cost.",
+        "top": "KSM on this host, live: counters, rates, ksmd, processes.",
         "tune": "Show, set and reset the tunables.",
     }
 )
