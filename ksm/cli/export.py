@@ -90,6 +90,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     daemon_threads = True
     block_on_close = False
+    request_queue_size = 128  # five, the default, make others wait for seconds behind a hostile client
 
     def __init__(self, address: tuple[str, int], family: socket.AddressFamily, render: Render) -> None:
         self.address_family = family
