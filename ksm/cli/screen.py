@@ -192,7 +192,7 @@ class History:
         """The last values as bars between 0 and their largest.
 
         >>> History({"cow": deque([0.0, 1.0, 2.0])}).spark("cow", ascii=True)
-        '_:#'
+        '_=#'
         """
         values = list(self.values.get(name, ()))[-width:]
         bars = _ASCII if ascii else _BLOCKS
