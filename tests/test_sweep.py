@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import io
 import json
 import os
 import signal
@@ -113,15 +112,15 @@ def test_for_people(run: Run, image: str) -> None:  # noqa: F811
 
 
 def test_for_programs(run: Run, image: str, tmp_path: Path) -> None:  # noqa: F811
-    arguments = ("sweep", image, image, "--pages-to-scan", "100,1000", "--set", "advisor_mode=none,scan-time")
+    arguments = ("sweep", image, image, "--pages-to-scan", "100", "--set", "advisor_mode=none,scan-time")
     answer = json.loads(run(*arguments, "--for", "5s", "--every", "1s", "--json").stdout)
-    assert [point["advisor_mode"] for point in answer["points"]] == ["none", "scan-time"] * 2
+    assert [point["advisor_mode"] for point in answer["points"]] == ["none", "scan-time"]
     assert all(point["saved_bytes"] == IMAGE.nbytes for point in answer["points"])
-    done = run(*arguments, "--for", "5s", "--every", "1s", "--csv", "-")
-    rows = list(csv.DictReader(io.StringIO(done.stdout)))
-    assert [int(row["saved_bytes"]) for row in rows] == [point["saved_bytes"] for point in answer["points"]]
-    run(*arguments, "--for", "5s", "--every", "1s", "--csv", "out.csv")
-    assert (tmp_path / "out.csv").read_text() == done.stdout
+    done = run(*arguments, "--for", "5s", "--every", "1s", "--csv", "out.csv")
+    assert done.returncode == 0 and "cheapest" in done.stdout
+    with (tmp_path / "out.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [{name: str(value) for name, value in point.items()} for point in answer["points"]] == rows
     assert run(*arguments, "--csv", "out.csv").returncode == 2
 
 

@@ -22,6 +22,7 @@ import pytest
 
 import ksm
 import ksm.trace
+from ksm import sources
 from ksm.keyed import Key, keyed
 from ksm.sources import ArrayImage, Snapshot
 from ksm.trace import Trace, format, record
@@ -267,9 +268,9 @@ def test_two_recordings_cannot_write_one_trace(tmp_path: Path) -> None:
 
 
 def test_nothing_is_left_of_a_recording_that_could_not_begin(tmp_path: Path) -> None:
-    for sources in (["/nonexistent"], ["pid:999999999"], []):
+    for given in (["/nonexistent"], ["pid:999999999"], []):
         with pytest.raises((ksm.SourceError, ValueError)):
-            record(sources, tmp_path / "t")
+            record(given, tmp_path / "t")
         assert not (tmp_path / "t").exists()
 
 
@@ -460,6 +461,54 @@ def test_processes_that_come_and_go(tmp_path: Path) -> None:
     one, two = (f"pid:{process.pid}" for process in running)
     there = [{seen.process: seen.alive for seen in step.processes} for step in steps]
     assert there == [{}, {one: True}, {one: True, two: True}, {one: False, two: True}]
+
+
+@LINUX
+def test_a_resumed_recording_knows_its_processes(tmp_path: Path, child: subprocess.Popen[str]) -> None:
+    """One with the same name that started at another time, as after a reboot, is another process."""
+    record([f"pid:{child.pid}"], tmp_path / "t", seconds=0)
+    record([f"pid:{child.pid}"], tmp_path / "t", seconds=0, resume=True)
+    steps = tmp_path / "t" / "steps" / "part-00000001.parquet"
+    ticks = pq.read_table(steps)["start_ticks"].to_pylist()
+    assert ticks[0] == int(Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()[19])
+    rewrite(steps, start_ticks=[1, None])
+    record([f"pid:{child.pid}"], tmp_path / "t", seconds=0, resume=True)
+    seen = [[change.alive for change in step.processes] for step in Trace(tmp_path / "t").steps]
+    assert seen == [[True], [True], [False, True]]
+
+
+@LINUX
+def test_somebody_elses_process_that_comes_later(
+    tmp_path: Path, child: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is left out; at the first step it would have been an error."""
+    executable = tmp_path / "ksm-later-proc"
+    executable.symlink_to(sys.executable)
+    later: list[subprocess.Popen[str]] = []
+    opened = sources.open
+
+    def forbidding(where: str, **options: Any) -> Any:
+        if later and where == f"pid:{later[0].pid}":
+            raise ksm.errors.kernel_error(13, where)
+        return opened(where, **options)
+
+    def each(step: ksm.trace.Progress) -> None:
+        if step.step == 1:
+            later.append(start(str(executable)))
+        if step.step == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(sources, "open", forbidding)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            record(["comm:ksm-later*", f"pid:{child.pid}"], tmp_path / "t", every=0.05, progress=each)
+        assert len(Trace(tmp_path / "t").steps) == 3 and Trace(tmp_path / "t").processes == (f"pid:{child.pid}",)
+        with pytest.raises(PermissionError):
+            record(["comm:ksm-later*"], tmp_path / "other")
+    finally:
+        for process in later:
+            with process:
+                process.kill()
 
 
 @LINUX

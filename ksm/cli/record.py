@@ -117,6 +117,8 @@ def summary(path: str) -> dict[str, Any]:
     mean = sum(pages) / len(pages) if pages else 0.0
     hours, gib = trace.duration / 3600, mean * trace.page_size / (1 << 30)
     cpu = sum(step.row["cpu_seconds"] or 0.0 for step in trace.steps)
+    took = [step.row["read_seconds"] or 0.0 for step in trace.steps]
+    length = trace.duration + (took[-1] if took else 0.0)
     return {
         "trace": path,
         "steps": len(trace.steps),
@@ -131,7 +133,8 @@ def summary(path: str) -> dict[str, Any]:
         "bytes_per_gib": size / gib if gib else None,
         "bytes_per_gib_hour": size / gib / hours if gib and hours else None,
         "cpu_seconds": cpu,
-        "cpu_share": cpu / trace.duration if trace.duration and not trace.metadata.series else None,
+        "cpu_share": cpu / length if length and not trace.metadata.series else None,
+        "step_seconds": sum(took) / len(took) if took else None,
     }
 
 
@@ -150,7 +153,7 @@ def sentences(found: dict[str, Any]) -> list[str]:
     if found["bytes_per_gib_hour"] is not None and found["bytes_per_gib"] is not None:
         size += f", {binary(found['bytes_per_gib'])} a GiB of memory"
     if found["cpu_share"] is not None:
-        size += f"; recording took {100 * found['cpu_share']:.2g} % of a CPU"
+        size += f"; recording took {100 * found['cpu_share']:.1f} % of a CPU, {clock(found['step_seconds'])} a step"
     lines.append(size + ".")
     if found["sample_of"] > 1:
         lines.append(f"It is a sample: one content in {found['sample_of']:,}.")

@@ -63,6 +63,7 @@ def schema(kind: str) -> Any:
             *head,
             pa.field("process", name),
             *(pa.field(flag, pa.bool_()) for flag in flags),
+            pa.field("start_ticks", pa.uint64()),
             *(pa.field(count, pa.uint64()) for count in counts),
             pa.field("read_seconds", pa.float64()),
             pa.field("cpu_seconds", pa.float64()),

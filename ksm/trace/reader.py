@@ -40,6 +40,7 @@ class Change:
         prints: (n,) their new contents; not present are those that went, or whose content is outside the sample.
         gone: (n,) bool, which of them hold nothing any more.
         anonymous_known: as `Image.anonymous_known`; so `zero_page_known`.
+        start_ticks: when it started, in clock ticks since the host's boot; None: no process, or in a change of pages.
 
     >>> Change.none(0, 0.0, "vm1").alive
     True
@@ -54,6 +55,7 @@ class Change:
     gone: Flags
     anonymous_known: bool = True
     zero_page_known: bool = True
+    start_ticks: int | None = None
 
     @classmethod
     def none(
@@ -64,6 +66,7 @@ class Change:
         alive: bool = True,
         anonymous_known: bool = True,
         zero_page_known: bool = True,
+        start_ticks: int | None = None,
     ) -> Change:
         """A process that is there, or has ended, with no page told.
 
@@ -82,6 +85,7 @@ class Change:
             no_flags,
             anonymous_known,
             zero_page_known,
+            start_ticks,
         )
 
 
@@ -173,7 +177,7 @@ class Trace:
         flags = row["alive"], row["anonymous_known"], row["zero_page_known"]
         if None in flags:
             raise SourceError(f"{path}: a process without alive, anonymous_known or zero_page_known")
-        return Change.none(row["step"], row["seconds"], row["process"], *flags)
+        return Change.none(row["step"], row["seconds"], row["process"], *flags, row["start_ticks"])
 
     def changes(self, until: float = math.inf) -> Iterator[Change]:
         """Everything that was seen up to `until` seconds, in order: processes that start, change and end.

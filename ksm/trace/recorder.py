@@ -26,7 +26,7 @@ from ksm.sources import Image
 from ksm.trace.format import COUNTERS, PAGES, STEPS, Metadata, Writer, arrow, is_trace, parts, read
 from ksm.trace.memory import Flags, Memory, Numbers, Sample
 from ksm.trace.reader import Moment, Trace
-from ksm.trace.watch import Sources, Watch, identity, watches
+from ksm.trace.watch import Sources, Watch, start_ticks, watches
 
 _CHUNK = 1 << 20  # rows written at a time
 _NAP = 0.5  # the longest sleep before looking whether to stop
@@ -155,7 +155,8 @@ def _locked(path: Path, resume: bool) -> Iterator[Path]:
 class _Known:
     """What is remembered of a process between two steps."""
 
-    who: tuple[int, str] | None
+    started: int | None
+    """In clock ticks since boot; None: no process."""
     plain: Memory | None
     """All its pages; None: it was recorded before the recording was resumed."""
     stored: Memory
@@ -288,8 +289,9 @@ class _Recorder:
         moment = Moment(trace.page_size)
         for change in trace.changes():
             moment.apply(change)
+        started = {seen.process: seen.start_ticks for step in trace.steps for seen in step.processes}
         for name, memory in moment.memory().items():
-            self._known[name] = _Known(None, None, Memory.empty(), memory)
+            self._known[name] = _Known(started[name], None, Memory.empty(), memory)
         self._step = trace.steps[-1].number + 1 if trace.steps else 0
         for path in parts(self._directory, PAGES)[-1:]:  # a step that was not finished keeps its number
             self._step = max(self._step, _last_step(path) + 1)
@@ -371,15 +373,15 @@ class _Recorder:
                 if name in seen:
                     continue
                 self._check_page_size(image)
-                who = identity(image)
+                started = start_ticks(image)
                 known = self._known.get(name)
-                if known is not None and None not in (who, known.who) and known.who != who:
+                if known is not None and known.started != started:
                     rows.append(_ended(max(self._now(), self._least), name))
                     del self._known[name]
                 try:
-                    row = self._read(name, image, who)
-                except SourceError:
-                    if first or who is None:
+                    row = self._read(name, image, started)
+                except (SourceError, PermissionError):
+                    if first or self._series:
                         raise
                     continue  # it ended while it was read
                 seen.add(name)
@@ -396,14 +398,15 @@ class _Recorder:
 
     # ---- one process ---------------------------------------------------------------------------
 
-    def _read(self, name: str, image: Image, who: tuple[int, str] | None) -> dict[str, Any]:
+    def _read(self, name: str, image: Image, started: int | None) -> dict[str, Any]:
         began = max(self._now(), self._least)
         plain, firsts, times = self._fingerprints(image)
-        known = self._known.get(name) or _Known(who, Memory.empty(), Memory.empty(), Memory.empty())
+        known = self._known.get(name) or _Known(started, Memory.empty(), Memory.empty(), Memory.empty())
         row: dict[str, Any] = {
             "seconds": began,
             "process": name,
             "alive": True,
+            "start_ticks": started,
             "anonymous_known": image.anonymous_known,
             "zero_page_known": image.zero_page_known,
             "pages": len(plain),
@@ -421,7 +424,7 @@ class _Recorder:
         stored = plain if self._key is None else self._hidden(plain, same, known.stored, self._key)
         kept = stored if self._sample.of == 1 else stored.keep(self._sample.keeps(stored, zeros))
         self._emit(name, known.kept, kept, stored, (firsts, times, began))
-        self._known[name] = _Known(who, plain, stored, kept)
+        self._known[name] = _Known(started, plain, stored, kept)
         row["read_seconds"] = max(self._now(), self._least) - began if not self._series else None
         return row
 

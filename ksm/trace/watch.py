@@ -45,22 +45,22 @@ class _Repeated(Watch):
         self._page_size = page_size
         self._once = isinstance(source, str) and source.startswith("pid:")
         self._may_be_absent = isinstance(source, str) and source.startswith("qemu:")
-        self._who: tuple[int, str] | None = None
+        self._started: int | None = None
 
     def look(self) -> Iterator[tuple[str, Image]]:
         try:
             image = sources.open(self._source, marked_only=self._marked_only, page_size=self._page_size)
-        except SourceError:
+        except (SourceError, PermissionError):
             if not self._may_be_absent:
                 raise  # at first; it may go later
             self.finished = self._once
             return
-        who = identity(image)
-        if self._once and self._may_be_absent and who != self._who:
+        started = start_ticks(image)
+        if self._once and self._may_be_absent and started != self._started:
             self.finished = True
             image.close()
             return
-        self._may_be_absent, self._who = True, who
+        self._may_be_absent, self._started = True, started
         yield os.fspath(self._source), image
 
 
@@ -71,17 +71,25 @@ class _Many(Watch):
         self._pattern = pattern
         self._marked_only = marked_only
         self._host = Host()
+        self._looked = False
 
     def look(self) -> Iterator[tuple[str, Image]]:
         for pid in self._pids():
             try:
-                yield f"pid:{pid}", sources.open(f"pid:{pid}", marked_only=self._marked_only)
+                image = sources.open(f"pid:{pid}", marked_only=self._marked_only)
             except SourceError:
                 continue  # it has ended meanwhile
+            except PermissionError:
+                if not self._looked:
+                    raise
+                continue  # somebody else's, that came later: no reason to end a recording
+            yield f"pid:{pid}", image
+        self._looked = True
 
     def _pids(self) -> list[int]:
         if self._pattern is None:
-            return [process.pid for process in self._host.processes() if process.pid != os.getpid()]
+            there = self._host.processes(skip_unreadable=self._looked)
+            return [process.pid for process in there if process.pid != os.getpid()]
         return [pid for pid, name in commands() if fnmatch.fnmatchcase(name, self._pattern) and pid != os.getpid()]
 
 
@@ -163,10 +171,12 @@ def _natural(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
-def identity(image: Image) -> tuple[int, str] | None:
-    """What tells a process from all others: its pid, and when it started in clock ticks since boot; None: no process.
+def start_ticks(image: Image) -> int | None:
+    """When an image's process started, in clock ticks since boot: it tells it from later ones of its pid or name.
 
-    >>> identity(sources.open("self")) is None
+    None for what is no process, or one that has ended meanwhile.
+
+    >>> start_ticks(sources.open("self")) is None
     True
     """
     pid = getattr(image, "pid", None)
@@ -174,9 +184,9 @@ def identity(image: Image) -> tuple[int, str] | None:
         return None
     try:
         with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
-            return pid, file.read().rpartition(")")[2].split()[19]
-    except (OSError, IndexError):
-        return pid, ""
+            return int(file.read().rpartition(")")[2].split()[19])
+    except (OSError, IndexError, ValueError):
+        return None
 
 
 def commands() -> list[tuple[int, str]]:
