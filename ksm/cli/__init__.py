@@ -13,6 +13,7 @@ from types import FrameType, MappingProxyType
 from typing import NoReturn
 
 import click
+from click.shell_completion import CompletionItem, shell_complete
 
 from ksm.errors import KsmError
 
@@ -21,9 +22,11 @@ _COMMANDS: Mapping[str, str] = MappingProxyType(
     {
         "advise": "What KSM is doing on this host, and what to do about it.",
         "calibrate": "Measure what ksmd's work costs on this host, for simulate.",
+        "completion": "Print the script that lets a shell complete this command.",
         "demo": "Show it at work on eight live processes, beside the kernel's own counters.",
         "estimate": "What KSM would save on these images or processes.",
         "export": "KSM as Prometheus metrics over HTTP.",
+        "man": "Write the manual pages of all commands.",
         "record": "Record what memory holds over time, to replay it under any tunables.",
         "formats": "The memory images and other sources that are understood.",
         "info": "What a memory image is, and what is in it.",
@@ -34,6 +37,8 @@ _COMMANDS: Mapping[str, str] = MappingProxyType(
         "tune": "Show, set and reset the tunables.",
     }
 )
+
+COMPLETE_VAR = "_KSM_COMPLETE"  # what the shells' completion scripts set
 
 EX_USAGE = 2
 EX_NOINPUT = 66
@@ -46,14 +51,22 @@ BROKEN_PIPE = 141  # as a program that SIGPIPE ended
 TERMINATED = 128 + signal.SIGTERM
 
 
-def _version(ctx: click.Context, param: click.Parameter, wanted: bool) -> None:
-    if not wanted:
-        return
+def version() -> str:
+    """The version that is installed, or that none is.
+
+    >>> bool(version())
+    True
+    """
     try:
-        click.echo(f"ksm {importlib.metadata.version('ksm')}")
+        return importlib.metadata.version("ksm")
     except importlib.metadata.PackageNotFoundError:
-        click.echo("ksm, not installed")
-    ctx.exit()
+        return "not installed"
+
+
+def _version(ctx: click.Context, param: click.Parameter, wanted: bool) -> None:
+    if wanted:
+        click.echo(f"ksm {version()}")
+        ctx.exit()
 
 
 class _Lazy(click.Group):
@@ -71,6 +84,10 @@ class _Lazy(click.Group):
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl(sorted(_COMMANDS.items()))
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        found = [CompletionItem(name, help=text) for name, text in _COMMANDS.items() if name.startswith(incomplete)]
+        return sorted(found, key=lambda item: str(item.value)) + click.Command.shell_complete(self, ctx, incomplete)
 
 
 @click.group(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -108,6 +125,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(arguments: Sequence[str] | None) -> int:
     try:
+        if COMPLETE_VAR in os.environ:
+            return shell_complete(cli, {}, "ksm", COMPLETE_VAR, os.environ[COMPLETE_VAR])
         given = list(sys.argv[1:] if arguments is None else arguments)
         with cli.make_context("ksm", given) as context:  # not cli.main(), which has its own way with a broken pipe
             cli.invoke(context)
