@@ -35,8 +35,8 @@ from libc.string cimport memcpy, memset
 
 from ksm._cy.faults cimport evict, found_by_reclaim, own_frame, swap_in, unmerge_block
 from ksm._cy.frames cimport (
-    content_hash, find_block, find_slot, frame_gone, frame_new, has_room, keep_origins, make_slot, mark_slot, set_slot,
-    slot_frame, swapped, sweep_blocks)
+    content_hash, find_block, find_slot, frame_gone, frame_new, has_room, home_node, keep_origins, make_slot, mark_slot,
+    set_slot, slot_frame, swapped, sweep_blocks)
 from ksm._cy.page cimport page_is_zero
 from ksm._cy.rbtree cimport Node, rb_is_red, rb_parent
 from ksm._cy.slots cimport drop_all_items, split_huge, vacate
@@ -121,6 +121,7 @@ cdef class Engine:
         for i in range(self.m.space_count):
             free(self.m.spaces[i].blocks)
         free(self.m.blocks)
+        free(self.m.homes)
         free(self.m.free_blocks)
         free(self.m.frames)
         free(self.m.spaces)
@@ -449,7 +450,7 @@ cdef class Engine:
                     done = NO_MEMORY
                     break
                 set_slot(&self.m, slot, f, True)
-                mark_slot(&self.m, slot, marked)
+                mark_slot(&self.m, slot, marked, nid)
         self.answer(done)
 
     def populate_huge(self, uint32_t mm, uint64_t vpn, bint writing, bint marked, uint8_t nid):
@@ -477,7 +478,7 @@ cdef class Engine:
             if slot == NO_SLOT or f == 0:
                 self.answer(NO_MEMORY)
             set_slot(&self.m, slot, f, writing)
-            mark_slot(&self.m, slot, marked)
+            mark_slot(&self.m, slot, marked, nid)
         return True
 
     def write(self, uint32_t mm, uint64_t vpn, uint32_t offset, const uint8_t[::1] data, bint marked, uint8_t nid,
@@ -489,7 +490,7 @@ cdef class Engine:
         if slot == NO_SLOT:
             self.answer(NO_MEMORY)
         self.answer(own_frame(&self.m, slot, nid, origin))
-        mark_slot(&self.m, slot, marked)
+        mark_slot(&self.m, slot, marked, nid)
         if data.shape[0]:
             memcpy(<uint8_t *>self.m.frames[slot_frame(&self.m, slot)].data + offset, &data[0], data.shape[0])
 
@@ -509,7 +510,7 @@ cdef class Engine:
                 done = NO_MEMORY if slot == NO_SLOT else own_frame(&self.m, slot, nid, origin + k)
                 if done < 0:
                     break
-                mark_slot(&self.m, slot, marked)
+                mark_slot(&self.m, slot, marked, nid)
                 memcpy(<uint8_t *>self.m.frames[slot_frame(&self.m, slot)].data, &rows[k, 0], FINGERPRINT_BYTES)
         self.answer(done)
 
@@ -523,7 +524,7 @@ cdef class Engine:
         f = slot_frame(&self.m, slot)
         if f == NOTHING:
             set_slot(&self.m, slot, ZERO_PAGE, False)
-            mark_slot(&self.m, slot, marked)
+            mark_slot(&self.m, slot, marked, nid)
         elif f >= FIRST_FRAME and not (self.m.blocks[slot >> 6].anon >> (slot & 63)) & 1:
             self.answer(swap_in(&self.m, slot, nid, origin))
             f = slot_frame(&self.m, slot)
@@ -545,6 +546,22 @@ cdef class Engine:
                     if (mask & b.marked & b.item) >> i & 1:
                         touch_unstable(&self.m, space.blocks[at] << 6 | i)
             b.marked = b.marked | mask if marked else b.marked & ~mask
+            at += 1
+
+    def hide(self, uint32_t mm, uint64_t vpn, uint64_t n, bint hidden):
+        """Whether unstable searches that come to a slot of the range take its page for gone (PROT_NONE, 6.1 to 6.4)."""
+        cdef Space *space = &self.m.spaces[mm]
+        cdef uint32_t at = find_block(&self.m, space, vpn), i
+        cdef Block *b
+        cdef uint64_t mask
+        while at < space.count and self.m.blocks[space.blocks[at]].vpn < vpn + n:
+            b = self.m.blocks[space.blocks[at]]
+            mask = range_mask(b.vpn, vpn, n)
+            for i in range(SLOTS):
+                if (mask & b.item) >> i & 1:
+                    touch_unstable(&self.m, space.blocks[at] << 6 | i)
+            b.hidden = b.hidden | mask if hidden else b.hidden & ~mask
+            b.calm &= ~mask
             at += 1
 
     def unmerge(self, uint32_t mm, uint64_t vpn, uint64_t n, uint8_t nid):
@@ -671,7 +688,7 @@ cdef class Engine:
             set_slot(&self.m, source, NOTHING, False)
             set_slot(&self.m, target, f, anon)
             self.m.blocks[target >> 6].clean |= clean << (target & 63)
-            mark_slot(&self.m, target, marked)
+            mark_slot(&self.m, target, marked, home_node(&self.m, source))
 
     def fork(self, uint32_t parent, uint32_t child):
         """Share everything that parent maps with the empty space child."""
@@ -688,6 +705,9 @@ cdef class Engine:
                 self.answer(NO_MEMORY)
             c = self.m.blocks[slot >> 6]
             c.marked = b.marked
+            c.hidden = b.hidden
+            if self.m.nodes > 1:
+                memcpy(&self.m.homes[slot & ~63u], &self.m.homes[self.m.spaces[parent].blocks[at] << 6], SLOTS)
             for i in range(SLOTS):
                 f = b.frame[i]
                 if f == NOTHING:

@@ -140,7 +140,11 @@ class Machine:
     def _marked(self) -> dict[int, list[tuple[int, int, int]]]:
         """The mergeable ranges of every process: first page, pages, NUMA node."""
         return {
-            process._mm: [(vma.start, vma.end - vma.start, vma.node) for vma in process._vmas if vma.mergeable]
+            process._mm: [
+                (vma.start, vma.end - vma.start, vma.node)
+                for vma in process._vmas
+                if vma.mergeable and not process._hides(vma.prot)
+            ]
             for process in self._processes.values()
         }
 
@@ -280,6 +284,7 @@ class Process:
         self._mm = self._engine.new_space()
         self._vmas = VmaList()
         self._merge_any = False
+        self._items_before = 0  # the parent's items, at which kernels once let the child's number start
         self._alive = True
 
     # ---- mapping -------------------------------------------------------------------------------
@@ -329,6 +334,7 @@ class Process:
         if self.merge_any:
             self._engine.register(self._mm)  # ksmd lets go of a space without marks, merge-any or not
         self._insert(Vma(start, start + n, prot, self.merge_any, None, node))
+        self._hide(start, n, prot)
         return start * self._page
 
     def _map_image(self, image: Any, prot: int, addr: int | None, node: int) -> int:
@@ -349,6 +355,7 @@ class Process:
             except BaseException:
                 self._unmap(start, n)
                 raise
+        self._hide(start, n, prot)
         return address
 
     def _image_blocks(self, image: Any) -> Iterable[tuple[int, Any, Any]]:
@@ -414,6 +421,7 @@ class Process:
                 if vma.start > at:
                     break
                 self._vmas.change(max(start, vma.start), min(end, vma.end), prot=prot)
+                self._hide(max(start, vma.start), min(end, vma.end) - max(start, vma.start), prot)
                 at = vma.end
             if at < end:
                 raise kernel_error(errno.ENOMEM, f"mprotect: {at * self._page:#x} is not mapped")
@@ -439,7 +447,8 @@ class Process:
             kept = min(n_old, n_new)
             if flags & MREMAP_FIXED and not recent:
                 self._unmap(self._mremap_target(new_addr, n_new, flags), n_new)
-                self._unmap(start + kept, n_old - kept)
+                if n_old > kept:
+                    self._unmap(start + kept, n_old - kept)
             if start + kept > vma.end and (moves or n_new > n_old) and not many:
                 raise kernel_error(errno.EFAULT, f"mremap: {addr:#x} and {old} bytes span several mappings")
             if n_new < n_old:
@@ -472,16 +481,14 @@ class Process:
             or new > _END_ADDRESS
         )
         start = addr // self._page
+        vma = self._vmas.at(start)
+        overlaps = False
         if not bad and flags & (MREMAP_FIXED | MREMAP_DONTUNMAP) and new_addr is not None:
             target = new_addr // self._page
-            bad = (
-                bool(new_addr % self._page)
-                or new_addr + new > _END_ADDRESS
-                or (start < target + n_new and target < start + n_old)
-            )
-        if bad:
+            bad = bool(new_addr % self._page) or new_addr + new > _END_ADDRESS
+            overlaps = start < target + n_new and target < start + n_old
+        if bad or (overlaps and (vma is not None or self.machine.kernel.number >= (6, 17))):
             raise kernel_error(errno.EINVAL, f"mremap({addr:#x}, {old}, {new}, {flags})")
-        vma = self._vmas.at(start)
         if vma is None:
             raise kernel_error(errno.EFAULT, f"mremap: {addr:#x} is not mapped")
         if n_old == 0:
@@ -514,6 +521,7 @@ class Process:
                 self._vmas.change(low, high, family=0, inherited=False)  # what is left starts anew
             moved = vma.moved + place - low if vma.family else 0
             self._insert(replace(vma, start=place, end=place + size, moved=moved))
+            self._hide(place, size, vma.prot)
         return target * self._page
 
     # ---- access --------------------------------------------------------------------------------
@@ -752,6 +760,8 @@ class Process:
             self._engine.fork(self._mm, child._mm)
             if self._engine.registered(self._mm):
                 self._engine.register(child._mm)
+            if self.machine.kernel.inherits_item_count:
+                child._items_before = self._items_before + self._engine.space_counts(self._mm)[0]
             child._note_marks()
             return child
 
@@ -790,7 +800,7 @@ class Process:
             self._require_alive()
             items, merging, zero = self._engine.space_counts(self._mm)
             found: dict[str, int | bool] = {
-                "ksm_rmap_items": items,
+                "ksm_rmap_items": self._items_before + items,
                 "ksm_zero_pages": zero,
                 "ksm_merging_pages": merging,
                 "ksm_process_profit": (merging + zero) * self._page - items * RMAP_ITEM_BYTES,
@@ -868,7 +878,16 @@ class Process:
         self._engine.unmap(self._mm, start, n)
         self._remove(start, start + n)
 
+    def _hides(self, prot: int) -> bool:
+        return not prot and self.machine.kernel.passes_over_none
+
+    def _hide(self, start: int, n: int, prot: int) -> None:
+        if self.machine.kernel.passes_over_none:
+            self._engine.hide(self._mm, start, n, not prot)
+
     def _unmerge(self, vma: Vma, start: int, n: int, what: str) -> None:
+        if self._hides(vma.prot):
+            return
         self.machine._needs_frames(f"{what} {self.name}", lambda: self._engine.unmerge(self._mm, start, n, vma.node))
 
     def __repr__(self) -> str:

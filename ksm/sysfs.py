@@ -236,6 +236,24 @@ class Profile:
         return self.number >= (6, 11)
 
     @property
+    def passes_over_none(self) -> bool:
+        """Whether PROT_NONE slots keep their KSM frames when all is unmerged, and are not found again (6.1 to 6.4).
+
+        >>> profile("6.1").passes_over_none, profile("6.6").passes_over_none
+        (True, False)
+        """
+        return (6, 1) <= self.number < (6, 5)
+
+    @property
+    def inherits_item_count(self) -> bool:
+        """Whether fork lets the child's ksm_rmap_items start at the parent's number (before 6.12).
+
+        >>> profile("6.8").inherits_item_count, profile("6.12").inherits_item_count
+        (True, False)
+        """
+        return self.number < (6, 12)
+
+    @property
     def zero_giveback(self) -> bool:
         """Whether splitting a huge page gives its all-zero pages back (6.12).
 

@@ -9,7 +9,7 @@ counted, and nothing is looked up. That holds until another slot joins or a stab
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.string cimport memset
 
-from ksm._cy.frames cimport frame_hash, same_content
+from ksm._cy.frames cimport frame_hash, is_zero, same_content
 from ksm._cy.stable cimport candidate, stable_clean, stable_lookup
 from ksm._cy.store cimport Store, BUDGET_SPENT, PASS_ENDED, bit_length64, ctz64
 from ksm._cy.table cimport Table, table_fetch, table_free, table_next, table_put, table_reserve, table_start
@@ -64,6 +64,8 @@ cdef inline bint block_is_distinct(Store *m, uint32_t id, Table *seen) noexcept 
         bits &= bits - 1
         f = b.frame[i]
         hash = frame_hash(m, f)
+        if m.use_zero_pages and is_zero(m, f):
+            return False
         at = table_start(seen, hash)
         while True:
             other = table_next(seen, hash, &at)

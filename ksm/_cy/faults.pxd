@@ -157,6 +157,9 @@ cdef inline int evict(Store *m, uint32_t slot) noexcept nogil:
         if gone and m.frames[f].mappers and m.frames[f].flags & KSM:
             m.frames[f].flags |= CACHED
         return gone
+    if m.frames[f].flags & KSM and m.frames[f].node == 0:
+        m.frames[f].flags &= ~LAZY      # reclaim finds none of its slots
+        return 0
     if m.frames[f].flags & KSM:      # its slots lie anywhere, and are all clean
         vacate(m, slot)
         return 1

@@ -2,7 +2,7 @@
 """Contents, frames, blocks and slots: what memory holds, and who maps it."""
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
-from libc.stdlib cimport free, malloc
+from libc.stdlib cimport free, malloc, realloc
 from libc.string cimport memcmp, memcpy, memset
 
 from ksm._cy.page cimport page_compare
@@ -178,7 +178,7 @@ cdef inline uint32_t slot_frame(Store *m, uint32_t slot) noexcept nogil:
 cdef inline bint mergeable(Store *m, uint32_t slot) noexcept nogil:
     """Whether the slot maps an anonymous frame in a marked VMA now."""
     cdef Block *b = m.blocks[slot >> 6]
-    return ((b.anon & b.marked) >> (slot & 63)) & 1
+    return ((b.anon & b.marked & ~b.hidden) >> (slot & 63)) & 1
 
 
 cdef inline uint32_t find_block(Store *m, const Space *space, uint64_t vpn) noexcept nogil:
@@ -204,6 +204,25 @@ cdef inline uint32_t find_slot(Store *m, uint32_t mm, uint64_t vpn) noexcept nog
     return space.blocks[at] << 6 | <uint32_t>(vpn & 63)
 
 
+cdef inline int grow_homes(Store *m) noexcept nogil:
+    """Room for one more block's homes."""
+    cdef void *moved
+    cdef uint64_t wanted = (<uint64_t>m.block_count + 1) * SLOTS
+    if m.nodes == 1 or wanted <= m.home_capacity:
+        return 0
+    moved = realloc(m.homes, wanted * 2)
+    if moved == NULL:
+        return NO_MEMORY
+    m.homes = <uint8_t *>moved
+    m.home_capacity = wanted * 2
+    return 0
+
+
+cdef inline uint8_t home_node(Store *m, uint32_t slot) noexcept nogil:
+    """The NUMA node of new frames for a slot."""
+    return m.homes[slot] if m.nodes > 1 else 0
+
+
 cdef inline uint32_t make_slot(Store *m, uint32_t mm, uint64_t vpn) noexcept nogil:
     """The slot at vpn, with a new block if need be; NO_SLOT: no memory."""
     cdef Space *space = &m.spaces[mm]
@@ -223,6 +242,8 @@ cdef inline uint32_t make_slot(Store *m, uint32_t mm, uint64_t vpn) noexcept nog
                      sizeof(Block *)) < 0 or
                 grow(<void **>&m.free_blocks, &m.free_blocks_capacity, <uint64_t>m.block_count + 1,
                      sizeof(uint32_t)) < 0):
+            return NO_SLOT
+        if grow_homes(m) < 0:
             return NO_SLOT
         b = <Block *>malloc(sizeof(Block))
         if b == NULL:
@@ -273,7 +294,10 @@ cdef inline void set_slot(Store *m, uint32_t slot, uint32_t frame, bint anon) no
     b.clean &= ~bit
 
 
-cdef inline void mark_slot(Store *m, uint32_t slot, bint marked) noexcept nogil:
+cdef inline void mark_slot(Store *m, uint32_t slot, bint marked, uint8_t nid) noexcept nogil:
+    """Note what the slot's VMA says: whether it is mergeable, and where it allocates."""
+    if m.nodes > 1:
+        m.homes[slot] = nid
     cdef Block *b = m.blocks[slot >> 6]
     cdef uint64_t bit = <uint64_t>1 << (slot & 63)
     b.marked = b.marked | bit if marked else b.marked & ~bit

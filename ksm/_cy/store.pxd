@@ -77,6 +77,8 @@ ctypedef struct Store:
     uint32_t zero_hash
 
     Block **blocks
+    uint8_t *homes  # by slot, if there are several NUMA nodes: where its VMA allocates
+    uint64_t home_capacity
     uint32_t block_count, block_capacity, free_blocks_count, free_blocks_capacity
     uint32_t *free_blocks
     Frame *frames

@@ -21,7 +21,7 @@ cdef enum:
     # Frame.flags
     OWNED = 1           # data was allocated here; otherwise it is borrowed
     HASHED = 2          # hash is that of data
-    KSM = 4             # merged and write-protected
+    KSM = 4             # merged and write-protected; without a stable node: the merge was undone for one mapper
     LAZY = 8            # MADV_FREE'd through a slot; what reclaim drops are clean slots
     HUGE = 16           # part of a transparent huge page
     CACHED = 32         # read back from swap, where other slots still have it
@@ -42,6 +42,7 @@ ctypedef struct Block:
     uint64_t item               # slots with an rmap item
     uint64_t clean              # slots that have not written since MADV_FREE or since a merge
     uint64_t settled            # slots whose item hangs on the node of the KSM frame that they map
+    uint64_t hidden             # slots in a PROT_NONE VMA, where the profile passes over them
     uint64_t calm               # slots whose last visit found nothing equal, and which have not changed since
     uint32_t mm
     uint32_t used               # slots whose frame is not NOTHING

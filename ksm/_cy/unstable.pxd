@@ -183,7 +183,7 @@ cdef inline uint32_t unstable_lookup(Store *m, uint32_t slot, uint32_t f, uint8_
         if g == f:
             return SEARCH_GIVEN_UP
         if same_content(m, f, g):
-            return other
+            return SEARCH_GIVEN_UP if m.frames[f].flags & KSM else other
     node = join(m, slot, f, nid)
     table_put(&m.unstable_table, key, node)
     return NOT_FOUND
@@ -224,7 +224,7 @@ cdef inline uint32_t unstable_walk(Store *m, uint32_t slot, uint32_t f, uint8_t 
                 return SEARCH_GIVEN_UP
             order = compare_at(m, prefix, data, &m.links[at], m.frames[g].data)
         if order == 0:
-            if m.frames[g].flags & KSM or not m.merge_across_nodes and m.frames[g].nid != nid:
+            if m.frames[f].flags & KSM or not m.merge_across_nodes and m.frames[g].nid != nid:
                 return SEARCH_GIVEN_UP
             return other
         parent = at

@@ -3,10 +3,10 @@
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
-from ksm._cy.frames cimport frame_hash, frame_unmap, frame_unpin, is_zero, set_slot, slot_frame
+from ksm._cy.frames cimport frame_copy, frame_hash, frame_unmap, frame_unpin, home_node, is_zero, mergeable, set_slot, slot_frame
 from ksm._cy.rbtree cimport Node
-from ksm._cy.slots cimport leave_tree, one_huge_page, remap, split_huge
-from ksm._cy.stable cimport drop_node, hang, misplaced, place_migrating, stable_insert, stable_search, start_migrating
+from ksm._cy.slots cimport leave_tree, one_huge_page, remap, split_huge, vacate
+from ksm._cy.stable cimport hang, misplaced, place_migrating, stable_insert, stable_search, start_migrating
 from ksm._cy.store cimport Store, Erased, NO_MEMORY, SEARCH_GIVEN_UP, NOT_FOUND, grow
 from ksm._cy.table cimport table_reserve
 from ksm._cy.types cimport DIRTY, FIRST_FRAME, IN_STABLE, KSM, KSM_ZERO, ZERO_PAGE, MIGRATING, Block, StableNode
@@ -56,7 +56,7 @@ cdef inline void visit(Store *m, uint32_t slot) noexcept nogil:
     cdef uint32_t f = b.frame[slot & 63]
     cdef uint8_t nid = 0 if m.merge_across_nodes else m.frames[f].nid
     b.calm &= ~(<uint64_t>1 << (slot & 63))
-    if m.frames[f].flags & KSM:
+    if m.frames[f].flags & KSM and m.frames[f].node:
         visit_ksm(m, slot, f, nid)
         return
     m.frames[f].pins += 1
@@ -91,7 +91,7 @@ cdef inline bint pass_gate(Store *m, uint32_t slot, uint32_t f) noexcept nogil:
     if b.checksum[i] != sum:
         b.checksum[i] = sum
         return False
-    if m.use_zero_pages and is_zero(m, f):
+    if m.use_zero_pages and not m.frames[f].flags & KSM and is_zero(m, f):
         if split_huge(m, slot):
             merge_with_zero(m, slot)
             return False
@@ -106,7 +106,7 @@ cdef inline void find_partner(Store *m, uint32_t slot, uint32_t f, uint8_t nid) 
     cdef uint32_t n = unstable_search(m, slot, f, nid)
     if n < SEARCH_GIVEN_UP:
         merge_two(m, slot, n, nid)
-    elif n == NOT_FOUND and (slot_frame(m, slot) != f or m.frames[f].flags & KSM):
+    elif n == NOT_FOUND and (slot_frame(m, slot) != f or m.frames[f].flags & KSM or not mergeable(m, slot)):
         touch_unstable(m, slot)     # what stands there is not what the table takes it for
         m.blocks[slot >> 6].calm &= ~(<uint64_t>1 << (slot & 63))
 
@@ -124,17 +124,17 @@ cdef inline void visit_ksm(Store *m, uint32_t slot, uint32_t f, uint8_t nid) noe
         return
     leave_tree(m, slot)
     if n:
-        if slot_frame(m, slot) != m.stable[n].frame:
-            remap(m, slot, m.stable[n].frame)
-        m.merges += 1
-        hang(m, slot, n)
+        if slot_frame(m, slot) == m.stable[n].frame:    # a KSM frame is never exchanged for another
+            m.merges += 1
+            hang(m, slot, n)
     elif m.gate_first or pass_gate(m, slot, f):
         find_partner(m, slot, f, nid)
 
 
 cdef inline void merge_with(Store *m, uint32_t slot, uint32_t n) noexcept nogil:
     """Map the stable node's frame in place of the slot's, which has the same content."""
-    if slot_frame(m, slot) < FIRST_FRAME or not split_huge(m, slot):
+    cdef uint32_t f = slot_frame(m, slot)
+    if f < FIRST_FRAME or m.frames[f].flags & KSM or not split_huge(m, slot):
         return
     m.merges += 1
     remap(m, slot, m.stable[n].frame)
@@ -163,18 +163,39 @@ cdef inline void merge_two(Store *m, uint32_t slot, uint32_t other, uint8_t nid)
     if one_huge_page(m, slot, other):     # it is split, and its parts can merge from the next pass on
         split_huge(m, slot)
         return
-    if not split_huge(m, slot) or not split_huge(m, other):
+    if not split_huge(m, slot):
+        return
+    if m.frames[slot_frame(m, other)].flags & KSM or not split_huge(m, other):
+        undo_merge(m, slot, f)
         return
     m.merges += 1
     if m.frames[f].mappers > 1:
         build_unstable(m)
         m.unstable_changed = m.check_all = True
     leave_tree(m, other)
-    if m.frames[f].node:        # a KSM frame whose own node was full
-        drop_node(m, m.frames[f].node)
     m.frames[f].flags |= KSM | DIRTY
     m.blocks[slot >> 6].clean |= <uint64_t>1 << (slot & 63)
     remap(m, other, f)
     n = stable_insert(m, f, nid)
     hang(m, other, n)
     hang(m, slot, n)
+
+
+cdef inline void undo_merge(Store *m, uint32_t slot, uint32_t f) noexcept nogil:
+    """The visited frame became a KSM frame, and its partner's slot cannot be made to map it: the slot gets a copy.
+
+    For those who share the frame by fork it stays a KSM frame, without a stable node.
+    """
+    cdef uint32_t copy
+    if m.frames[f].mappers > 1:
+        build_unstable(m)
+        m.unstable_changed = m.check_all = True
+    m.frames[f].flags |= KSM
+    if (m.blocks[slot >> 6].hidden >> (slot & 63)) & 1:
+        return
+    copy = frame_copy(m, f, home_node(m, slot))
+    if copy == 0:
+        return
+    m.cow_ksm += 1
+    vacate(m, slot)
+    set_slot(m, slot, copy, True)

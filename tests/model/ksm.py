@@ -63,6 +63,7 @@ class Ksm:
         self.memory = memory
         self.old_order = old_order  # before 6.11: the stable tree is searched before the checksum gate
         self.tracks_zero = tracks_zero  # since 6.6
+        self.passes_over_none = False  # whether PROT_NONE slots keep what they map, and are not found again
         # tunables
         self.run = 0
         self.merge_across_nodes = 1
@@ -158,7 +159,9 @@ class Ksm:
         for page in mm.pages_in(start, end):
             slot, vma = mm.slots[page], mm.vma_at(page)
             assert vma is not None
-            if (isinstance(slot, Frame) and slot.ksm is not None) or (slot is KSM_ZERO and self.tracks_zero):
+            if self.passes_over_none and vma.prot == 0:
+                continue
+            if (isinstance(slot, Frame) and slot.merged) or (slot is KSM_ZERO and self.tracks_zero):
                 self.memory.fault(mm, page, vma, True)
 
     def unmerge_everything(self) -> None:
@@ -276,7 +279,7 @@ class Ksm:
 
     def skip(self, item: Item, frame: Frame) -> bool:
         """Smart scan: pages that did not merge for long are visited ever more rarely."""
-        if not self.smart_scan or frame.ksm is not None:
+        if not self.smart_scan or frame.merged:
             return False
         age = item.age
         item.age = min(age + 1, 255)
@@ -329,7 +332,12 @@ class Ksm:
 
     def place_zero_page(self, item: Item, frame: Frame) -> bool:
         """use_zero_pages: a page of zeros becomes a mapping of the zero page; the item stays for now."""
-        if not self.use_zero_pages or frame.content != self.memory.zero or not self.still_there(item, frame):
+        if (
+            not self.use_zero_pages
+            or frame.merged
+            or frame.content != self.memory.zero
+            or not self.still_there(item, frame)
+        ):
             return False
         self.memory.set_slot(item.mm, item.page, KSM_ZERO)
         return True
@@ -342,7 +350,7 @@ class Ksm:
 
     def merge(self, item: Item, frame: Frame, node: StableNode) -> None:
         """Map the node's frame in place of `frame` and hang the item on the node."""
-        if not self.still_there(item, frame):
+        if frame.orphan or not self.still_there(item, frame):
             return
         self.memory.set_slot(item.mm, item.page, node.frame, clean=True)
         self.hang(item, node)
@@ -419,6 +427,7 @@ class Ksm:
             entry.pruned_at = self.now_ms
         shown: StableNode | None = None
         chosen: StableNode | None = None
+        count = len(entry.dups)
         for node in list(entry.dups):
             if node.stale:
                 self.drop_node(node)
@@ -431,7 +440,7 @@ class Ksm:
         if shown is None:
             self.drop_chain(entry)
             return None
-        if len(entry.dups) == 1:
+        if (count == 1 and prune and chosen is not None) if self.old_order else len(entry.dups) == 1:
             return self.collapse(entry), shown, chosen
         if chosen is not None and entry.dups[0] is not chosen and len(chosen.items) + 1 < self.max_page_sharing:
             entry.dups.remove(chosen)
@@ -526,7 +535,6 @@ class Ksm:
         if lonely and chosen is not None and not self.misplaced(chosen):
             # nobody else maps the frame met: its slot merges like any other
             self.leave_tree(item)
-            self.merge(item, frame, chosen)
             return
         if lonely and chosen is not None:
             # the frame found has left this NUMA node in its turn: it gives up its place, and waits
@@ -568,7 +576,7 @@ class Ksm:
             if theirs is None or theirs is frame:
                 return
             if theirs.content == frame.content:
-                if theirs.ksm is not None or self.nid(theirs) != self.nid(frame):
+                if self.nid(theirs) != self.nid(frame) or frame.merged:
                     return
                 self.merge_two(item, frame, other, theirs)
                 return
@@ -582,7 +590,9 @@ class Ksm:
         """What an item's slot maps now, if that can merge."""
         vma = item.mm.vma_at(item.page)
         slot = item.mm.slots.get(item.page)
-        return slot if vma is not None and vma.mergeable and isinstance(slot, Frame) else None
+        if vma is None or (self.passes_over_none and vma.prot == 0):
+            return None
+        return slot if vma.mergeable and isinstance(slot, Frame) else None
 
     def merge_two(self, item: Item, frame: Frame, other: Item, theirs: Frame) -> None:
         """The visited frame becomes the KSM frame of both; the tree's item hangs on it first."""
@@ -591,16 +601,15 @@ class Ksm:
             return
         if not self.still_there(item, frame):
             return
-        if not self.still_there(other, theirs):
+        if theirs.merged or not self.still_there(other, theirs):
             # the visited frame has become a KSM frame already, of nobody else: that is undone by a copy
             vma = item.mm.vma_at(item.page)
             assert vma is not None
-            self.memory.set_slot(item.mm, item.page, self.memory.new_frame(frame.content, item.mm, item.page, vma))
-            self.memory.cow_ksm += 1
+            frame.orphan = True
+            if not (self.passes_over_none and vma.prot == 0):
+                self.memory.own(item.mm, item.page, vma, frame)
             return
         self.leave_tree(other)
-        if frame.ksm is not None:
-            self.drop_node(frame.ksm)
         node = self.insert_stable(frame)
         frame.dirty = True
         frame.clean.add((item.mm, item.page))

@@ -75,6 +75,7 @@ class ModelMachine:
         self.numa_nodes = nodes
         self.memory = Memory(page_size, ram, swap, huge_gives_back=version >= (6, 12))
         self.engine = Ksm(self.memory, nodes, version < (6, 11), version >= (6, 6), version >= (6, 7))
+        self.engine.passes_over_none = (6, 1) <= version < (6, 5)
         self.engine.at_pass_start = self._pass_starts
         self.engine.at_pass_end = self._pass_ends
         self.pages_to_scan = DEFAULT_PAGES_TO_SCAN
@@ -215,6 +216,8 @@ class ModelProcess:
             if new_addr is None or new_addr % size:
                 fail(errno.EINVAL, "mremap target")
             to = new_addr // size
+            if self._m.version < (6, 17) and self._mm.vma_at(start) is None:
+                fail(errno.EFAULT, "mremap of nothing")
             if to < start + old_n and start < to + new_n:
                 fail(errno.EINVAL, "mremap onto itself")
         mm = self._mm
@@ -376,6 +379,8 @@ class ModelProcess:
         for page, slot in self._mm.slots.items():
             clean = isinstance(slot, Frame) and (self._mm, page) in slot.clean
             self._m.memory.set_slot(child, page, slot, clean)
+        if self._m.version < (6, 12):
+            child.counted_before = self.ksm_stat["ksm_rmap_items"]
         child.vmas = [inherited(vma) for vma in self._mm.vmas]
         if self._mm.registered:
             self._m.engine.enter(child)
@@ -416,7 +421,7 @@ class ModelProcess:
         k, mm = self._m.engine, self._mm
         merging, zero = k.merging_pages_of(mm), k.zero_pages_of(mm)
         return {
-            "ksm_rmap_items": len(mm.items),
+            "ksm_rmap_items": mm.counted_before + len(mm.items),
             "ksm_zero_pages": zero,
             "ksm_merging_pages": merging,
             "ksm_process_profit": (merging + zero) * self._m.page_size - len(mm.items) * ITEM_BYTES,

@@ -43,10 +43,16 @@ class Frame:
         self.mappers: set[Where] = set()
         self.clean: set[Where] = set()  # those of them through which it was not written since MADV_FREE or the merge
         self.ksm: StableNode | None = None
+        self.orphan = False  # a KSM frame without a node: a merge was undone, but others map the frame
         self.dirty = False  # worth keeping whatever the mappings say
         self.lazy = False  # MADV_FREE'd: reclaim may drop it
         self.swap: SwapEntry | None = None  # a copy still lies in swap, for others
         self.huge: list[Frame] | None = None  # the frames of the huge page that this one is part of
+
+    @property
+    def merged(self) -> bool:
+        """Whether it is a KSM frame: never written, never exchanged for another by ksmd."""
+        return self.ksm is not None or self.orphan
 
     @property
     def alive(self) -> bool:
@@ -122,6 +128,7 @@ class Mm:
     merge_any: bool = False
     registered: bool = False
     items: dict[int, Item] = field(default_factory=dict)
+    counted_before: int = 0  # the parent's number of items, which kernels once let the child start at
 
     def vma_at(self, page: int) -> Vma | None:
         """The range that holds `page`."""
@@ -279,11 +286,11 @@ class Memory:
 
     def own(self, mm: Mm, page: int, vma: Vma, frame: Frame) -> Frame:
         """Copy on write: a KSM frame always, another one when somebody else holds it too."""
-        if frame.ksm is None and len(frame.mappers) == 1 and frame.swap is None:
+        if not frame.merged and len(frame.mappers) == 1 and frame.swap is None:
             frame.clean.clear()
             return frame
         copy = self.new_frame(frame.content, mm, page, vma)
-        if frame.ksm is not None:
+        if frame.merged:
             self.cow_ksm += 1
         self.set_slot(mm, page, copy)
         return copy
@@ -385,6 +392,8 @@ class Memory:
 
     def findable(self, frame: Frame) -> list[Where]:
         """The mappers that reclaim finds: of a KSM frame those with an item on its node, and what they forked."""
+        if frame.orphan:
+            return []
         if frame.ksm is None:
             return list(frame.mappers)
         found = []
