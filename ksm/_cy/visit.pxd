@@ -3,7 +3,8 @@
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
-from ksm._cy.frames cimport frame_copy, frame_hash, frame_unmap, frame_unpin, home_node, is_zero, mergeable, set_slot, slot_frame
+from ksm._cy.frames cimport (
+    frame_copy, frame_hash, frame_unmap, frame_unpin, home_node, is_zero, mergeable, set_slot, slot_frame)
 from ksm._cy.rbtree cimport Node
 from ksm._cy.slots cimport leave_tree, one_huge_page, remap, split_huge, vacate
 from ksm._cy.stable cimport hang, misplaced, place_migrating, stable_insert, stable_search, start_migrating
