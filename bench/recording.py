@@ -1,7 +1,8 @@
 """`python -m bench.recording`: how large a trace of real work is, and what recording it costs.
 
 Database servers (SQLite in memory, one process each) with the same tables run transactions at a steady rate while
-`ksm record` looks at them. The first step and the changes are told apart, a GiB of memory and hour each.
+`ksm record` looks at them; or, with `--guests`, real QEMU guests run. The first step and the changes are told apart, a
+GiB of memory and hour each.
 """
 
 from __future__ import annotations
@@ -42,8 +43,8 @@ while True:
 
 
 @contextlib.contextmanager
-def servers(number: int, rows: int, rate: int) -> Iterator[list[int]]:
-    """The pids of running servers that have filled their tables."""
+def servers(number: int, rows: int, rate: int) -> Iterator[list[str]]:
+    """The sources of running servers that have filled their tables."""
     running: list[subprocess.Popen[str]] = []
     try:
         for index in range(number):
@@ -52,11 +53,24 @@ def servers(number: int, rows: int, rate: int) -> Iterator[list[int]]:
         for process in running:
             assert process.stdout is not None
             process.stdout.readline()
-        yield [process.pid for process in running]
+        yield [f"pid:{process.pid}" for process in running]
     finally:
         for process in running:
             with process:
                 process.kill()
+
+
+@contextlib.contextmanager
+def guests(number: int) -> Iterator[list[str]]:
+    """The sources of running QEMU guests, Debian's kernel and a busybox that rewrites files; none is merged."""
+    from tests.frozen import Guest  # which fetches Debian's packages
+
+    with contextlib.ExitStack() as stack:
+        place = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        running = [stack.enter_context(Guest(f"recorded{index}", place)) for index in range(number)]
+        for guest in running:
+            guest.wait_until_ready()
+        yield [f"qemu-ram:{guest.name}" for guest in running]
 
 
 def sizes(trace: Trace) -> dict[str, Any]:
@@ -92,18 +106,22 @@ def main() -> None:
     parser.add_argument("--servers", type=int, default=3)
     parser.add_argument("--rows", type=int, default=400_000, help="in the table of each server")
     parser.add_argument("--rate", type=int, default=5, help="transactions a second of each server")
+    parser.add_argument("--guests", type=int, default=0, help="record so many QEMU guests instead of servers")
     parser.add_argument("--keep", type=Path, help="where to put the trace; default: nowhere")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as place, servers(options.servers, options.rows, options.rate) as pids:
+    with contextlib.ExitStack() as stack:
+        place = stack.enter_context(tempfile.TemporaryDirectory())
+        work = guests(options.guests) if options.guests else servers(options.servers, options.rows, options.rate)
         where = options.keep or Path(place, "trace")
-        record([f"pid:{pid}" for pid in pids], where, every=options.every, seconds=options.seconds, threads=1)
+        record(stack.enter_context(work), where, every=options.every, seconds=options.seconds, threads=1)
         found = sizes(Trace(where))
     if options.json:
         print(json.dumps(found, indent=2))
         return
+    who = f"{options.guests} guests" if options.guests else f"{options.servers} servers"
     print(
-        f"{found['gib']:.2f} GiB in {options.servers} servers, {found['steps']} steps over {found['seconds']:.0f} s, "
+        f"{found['gib']:.2f} GiB in {who}, {found['steps']} steps over {found['seconds']:.0f} s, "
         f"{found['pages_changed_a_step']:,.0f} pages changed from step to step."
     )
     print(f"The trace takes {found['bytes'] / (1 << 20):.1f} MiB, {found['bytes_a_row']:.1f} bytes a change:")

@@ -213,7 +213,8 @@ def _follow(
             subject.run_for(max(0.0, start + (end - start) * part / _FINER - machine.now))
             saved, goal = machine.ksm.snapshot().saved_pages, subject.goal()
             for share in SHARES:
-                if reached[share] is None and (goal or not subject.moves) and saved * 100 >= share * goal:
+                known = machine.now >= subject.begins
+                if reached[share] is None and known and saved * 100 >= share * goal:
                     reached[share] = machine.now
         samples.append(Sample.of(machine, subject.scale, subject.goal()))
         if progress is not None:
@@ -227,8 +228,9 @@ def _follow(
 class _Subject(ABC):
     """A machine in simulated time, and what it would settle at."""
 
-    moves = False
     scale = 1
+    begins = 0.0
+    """When all of the memory that there is at first is there."""
 
     def __init__(self, machine: Machine, zeros: Zeros) -> None:
         self.machine = machine
@@ -302,13 +304,15 @@ class _Still(_Subject):
 class _Moving(_Subject):
     """A trace, replayed."""
 
-    moves = True
-
     def __init__(self, trace: Trace, kernel: str, zeros: Zeros, tunables: Tunables, cost: CostModel) -> None:
         super().__init__(Machine(kernel=kernel, page_size=trace.page_size), zeros)
         self.machine.ksmd.cost = cost  # the replay of a sample scales it
         self._replay = Replay(trace, self.machine, zeros=zeros)
         self.scale = self._replay.scale
+        first = trace.steps[0] if trace.steps else None
+        self.begins = (
+            first.seconds + (0.0 if trace.metadata.series else first.row["read_seconds"] or 0.0) if first else 0.0
+        )
         self._pages_to_scan = int(tunables.get("pages_to_scan", self.machine.ksm.pages_to_scan))
         rest = {name: value for name, value in tunables.items() if name != "pages_to_scan"}
         self._replay.set_pages_to_scan(self._pages_to_scan)

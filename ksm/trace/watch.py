@@ -44,7 +44,7 @@ class _Repeated(Watch):
         self._marked_only = marked_only
         self._page_size = page_size
         self._once = isinstance(source, str) and source.startswith("pid:")
-        self._may_be_absent = isinstance(source, str) and source.startswith("qemu:")
+        self._may_be_absent = isinstance(source, str) and source.startswith(("qemu:", "qemu-ram:"))
         self._started: int | None = None
 
     def look(self) -> Iterator[tuple[str, Image]]:
