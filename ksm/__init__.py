@@ -44,6 +44,7 @@ from ksm.errors import (
     NoPageBytesError,
     NoSuchProcessError,
     OutOfMemoryError,
+    PlanError,
     SourceError,
     SyscallError,
     UnsupportedError,
@@ -52,6 +53,7 @@ from ksm.estimate import Estimate, estimate
 from ksm.ksmd import Ksmd
 from ksm.machine import Machine, Process
 from ksm.pages import Fingerprints, fingerprint
+from ksm.plan import HostSpec, Plan, Policy, VMClass, plan
 from ksm.sources import Image, open
 from ksm.stats import Stats
 from ksm.sysfs import Sysfs
@@ -84,6 +86,7 @@ __all__ = [
     "DisagreementError",
     "Estimate",
     "Fingerprints",
+    "HostSpec",
     "Image",
     "InvariantError",
     "KernelFileNotFoundError",
@@ -94,18 +97,23 @@ __all__ = [
     "NoPageBytesError",
     "NoSuchProcessError",
     "OutOfMemoryError",
+    "Plan",
+    "PlanError",
+    "Policy",
     "Process",
     "SourceError",
     "Stats",
     "SyscallError",
     "Sysfs",
     "UnsupportedError",
+    "VMClass",
     "Vma",
     "__version__",
     "estimate",
     "fingerprint",
     "linux",
     "open",
+    "plan",
 ]
 
 

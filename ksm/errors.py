@@ -84,6 +84,16 @@ class SourceError(KsmError):
     exit_code = 65
 
 
+class PlanError(KsmError, ValueError):
+    """What a plan was given does not fit together: a class without samples, a mix that does not sum to 1, ...
+
+    >>> PlanError("class web has no samples").exit_code
+    65
+    """
+
+    exit_code = 65
+
+
 class UnsupportedError(KsmError):
     """This host cannot do what was asked (no KSM in the kernel, wrong system).
 

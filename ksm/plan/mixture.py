@@ -1,0 +1,137 @@
+"""How many contents more images will bring: the mixture behind the incidence counts, fitted and extrapolated.
+
+A content occurs in an image of its class with some probability p. Of T images, Q_k contents occur in exactly k:
+E Q_k = sum over contents of C(T, k) p^k (1-p)^(T-k), and n images hold D(n) = sum of 1 - (1-p)^n contents. Up to
+T images D has an exact, unbiased estimate from the Q_k (rarefaction, `ksm.plan.growth`). Beyond T it follows the
+measure of the p, which the Q_k show only in part. Its slope at T is Q_1 / T, by Good and Turing; slope and curvature
+by Q_1 and Q_2 give Chao's lower bound of what there is in all. But memory is not a pool of species: a part of every
+VM's contents occurs nowhere else, however many VMs there are, and most of the others occur in nearly all; Q_2 of few
+images is made of the latter and says nothing on how the former saturate. So the whole measure is fitted, with an atom
+at p -> 0 for the contents of their own, whose number grows in proportion to n: the mixture approach of Colwell, Mao
+and Chang, by maximum likelihood.
+
+- I. J. Good, The population frequencies of species and the estimation of population parameters, Biometrika 40 (1953).
+- A. Chao, Estimating the population size for capture-recapture data with unequal catchability, Biometrics 43 (1987).
+- R. K. Colwell, C. X. Mao, J. Chang, Interpolating, extrapolating, and comparing incidence-based species accumulation
+  curves, Ecology 85 (2004).
+- R. K. Colwell et al., Models and estimators linking individual-based and sample-based rarefaction, extrapolation and
+  comparison of assemblages, Journal of Plant Ecology 5 (2012).
+- A. Chao et al., Rarefaction and extrapolation with Hill numbers, Ecological Monographs 84 (2014).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float64]
+
+_ROUNDS = 400
+_POINTS = 24  # of the grid, on each side of 1/2
+_BETWEEN = 0.1
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Mixture:
+    """What the contents of one class are like, as far as T images show.
+
+    Attributes:
+        p: (points,) probabilities that an image has a content.
+        seen: (points,) how many contents of that probability were seen in the T images.
+        own: contents seen that no other image will ever have.
+        images: T.
+
+    >>> fit(np.array([600.0, 0.0, 1000.0])).more(np.array([3])).round(1)  # three more images, 200 new contents each
+    array([600.])
+    """
+
+    p: Floats
+    seen: Floats
+    own: float
+    images: int
+
+    def more(self, further: npt.NDArray[np.int64]) -> Floats:
+        """Contents expected in so many further images that the T images do not have."""
+        there = 1 - (1 - self.p) ** self.images
+        unseen = self.seen * (1 - self.p) ** self.images / there
+        new = (unseen * (1 - (1 - self.p) ** further[:, None])).sum(axis=1)
+        result: Floats = new + self.own / self.images * further
+        return result
+
+    def once(self, images: npt.NDArray[np.int64]) -> Floats:
+        """Contents expected in exactly one of so many images."""
+        n = images[:, None]
+        there = 1 - (1 - self.p) ** self.images
+        each = self.seen / there * n * self.p * (1 - self.p) ** np.maximum(n - 1, 0)
+        result: Floats = each.sum(axis=1) + self.own / self.images * images
+        return result
+
+
+def fit(incidence: Floats, own: float = 1.0) -> Mixture:
+    """Maximum likelihood by expectation and maximisation, from Q_1 .. Q_T; O(T) for each of a fixed number of rounds.
+
+    Few images leave the measure open; then the start decides: most contents are in every image or in one alone.
+    `own` multiplies the latter at the start.
+
+    >>> fit(np.array([100.0])).own  # one image tells nothing: as if all of it were its own
+    100.0
+    """
+    images = len(incidence)
+    if images == 1:
+        return Mixture(np.empty(0), np.empty(0), float(incidence[0]), 1)
+    half = np.geomspace(0.5 / images, 0.5, _POINTS)
+    p = np.concatenate((half, 1 - half[-2::-1], [1.0]))
+    k = np.arange(1, images + 1)
+    log_choose = _log_factorial(images)[images] - _log_factorial(images)[k] - _log_factorial(images)[images - k]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        logs = log_choose + k * np.log(p)[:, None] + np.where(k < images, (images - k) * np.log1p(-p)[:, None], 0.0)
+    shape = np.exp(logs)
+    shape /= shape.sum(axis=1, keepdims=True)  # given that a content is seen at all
+    shape = np.vstack((np.eye(1, images), shape))
+    weight = np.full(len(shape), _BETWEEN / len(shape))
+    weight[[0, -1]] += (1 - _BETWEEN) / 2
+    weight[0] *= own
+    weight *= incidence.sum() / weight.sum()
+    for _ in range(_ROUNDS):
+        expected = weight @ shape
+        weight *= shape @ np.divide(incidence, expected, out=np.zeros(images), where=expected > 0)
+    return Mixture(p, weight[1:], float(weight[0]), images)
+
+
+def _log_factorial(n: int) -> Floats:
+    return np.concatenate(([0.0], np.cumsum(np.log(np.arange(1, n + 1)))))
+
+
+def missing(images: int, n: int) -> Floats:
+    """Probability that n of T images, drawn without replacement, miss a content that q have; by q = 0 .. T.
+
+    >>> missing(4, 2).round(3).tolist()
+    [1.0, 0.5, 0.167, 0.0, 0.0]
+    """
+    q = np.arange(images + 1)
+    logs = _log_factorial(images)
+    rest = images - q
+    fits = rest >= n
+    found = np.zeros(images + 1)
+    found[fits] = np.exp(logs[rest[fits]] - logs[rest[fits] - n] - logs[images] + logs[images - n])
+    return found
+
+
+def met_once(images: int, n: int) -> Floats:
+    """Probability that exactly one of n of T images, drawn without replacement, has a content that q have; by q.
+
+    >>> met_once(4, 2).round(3).tolist()
+    [0.0, 0.5, 0.667, 0.5, 0.0]
+    """
+    if n == 0:
+        return np.zeros(images + 1)
+    q = np.arange(images + 1)
+    logs = _log_factorial(images)
+    rest = images - q
+    fits = (rest >= n - 1) & (q > 0)
+    found = np.zeros(images + 1)
+    ways = logs[rest[fits]] - logs[rest[fits] - (n - 1)] - logs[n - 1]
+    found[fits] = q[fits] * np.exp(ways - logs[images] + logs[images - n] + logs[n])
+    return found

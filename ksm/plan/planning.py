@@ -1,0 +1,237 @@
+"""`plan`: from samples, hosts and a policy to the answer."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from ksm.errors import PlanError
+from ksm.estimate import Source, snapshots
+from ksm.ksmd import CostModel
+from ksm.plan.contents import Table
+from ksm.plan.growth import Rules, Samples
+from ksm.plan.inputs import HostSpec, Policy, VMClass, shares
+from ksm.plan.needs import Needs, reach
+from ksm.plan.pace import Pace
+from ksm.plan.result import ClassSummary, Composition, Curve, HostPlan, Plan
+from ksm.plan.tuning import advisor, choose_pace, choose_rules, load, settle, timeline
+from ksm.sources import Snapshot
+from ksm.sysfs import profile
+
+Floats = npt.NDArray[np.float64]
+
+
+def plan(
+    classes: Sequence[VMClass] | VMClass,
+    hosts: Sequence[HostSpec] | HostSpec,
+    policy: Policy | None = None,
+    *,
+    simulate: bool = True,
+    page_size: int | None = None,
+    threads: int | None = None,
+    progress: Callable[[int, int], object] | None = None,
+) -> Plan:
+    """How many VMs fit on each host, how soon their memory is merged, at what cost and at what risk.
+
+    Takes O(pages) time for the samples' pages and about 60 bytes for each of them; what follows hangs on the number of
+    samples and classes, not on their size.
+
+    Args:
+        classes: of VMs, with samples of each.
+        hosts: kinds of hosts.
+        policy: what is asked; None: `Policy()`.
+        simulate: confirm the time to merge on a simulated machine with the samples' own contents.
+        page_size: bytes a page; None: what the samples say, or 4096.
+        threads: that hash; None: one a CPU.
+        progress: called with (pages done, pages in all).
+
+    Raises:
+        PlanError: what was given does not fit together. ValueError: page sizes that differ. SourceError: a sample
+            that cannot be read.
+
+    >>> from ksm import fingerprint
+    >>> vms = [b"kernel".ljust(8192, b".") + str(n).encode().ljust(4096) for n in range(4)]
+    >>> answer = plan(VMClass("web", vms), HostSpec(ram=40 * 4096), Policy(headroom=0, broken=0), simulate=False)
+    >>> answer.hosts[0].fits.without_ksm, answer.hosts[0].fits.mean
+    (13, 36)
+    """
+    classes = [classes] if isinstance(classes, VMClass) else list(classes)
+    hosts = [hosts] if isinstance(hosts, HostSpec) else list(hosts)
+    policy = policy or Policy()
+    mix = shares(classes)
+    if not hosts:
+        raise PlanError("no hosts: there is nowhere to put the VMs")
+    class_of = [index for index, each in enumerate(classes) for _ in each.samples]
+    taken = snapshots([source for each in classes for source in each.samples], page_size, False, threads, progress)
+    page = taken[0].page_size
+    for image, index in zip(taken, class_of, strict=True):
+        if not image.pages:
+            raise PlanError(f"class {classes[index].name}: sample {image.name} has no pages")
+    table = Table.of(taken, class_of, policy.zeros == "absent")
+    ram = _ram(classes, table, page)
+    for host in hosts:
+        for each, size in zip(classes, ram, strict=True):
+            if size + host.vm_overhead > host.usable:
+                raise PlanError(
+                    f"{host.name} is smaller than one VM: it has {host.usable:,} usable bytes, and a VM of class "
+                    f"{each.name} takes {int(size) + host.vm_overhead:,}"
+                )
+    samples = Samples(table)
+    answers = tuple(_host(samples, ram, mix, host, policy, page, classes) for host in hosts)
+    compositions = _compositions(taken, table, classes)
+    return Plan(
+        classes=_summaries(classes, mix, ram, table, compositions),
+        policy=policy,
+        page_size=page,
+        hosts=answers,
+        samples=compositions,
+        overlap=table.overlap(),
+        assumed=tuple(_assumed(taken, policy, hosts)),
+        warnings=tuple(_warnings(classes, answers)),
+    )
+
+
+def needs_of(
+    images: Sequence[Source], host: HostSpec, policy: Policy | None = None, rules: Rules | None = None
+) -> Needs:
+    """The memory that VMs like these images need on a host, by number: the heart of a plan, for one class.
+
+    >>> needs = needs_of([b"a" * 4096 + b"1" * 4096, b"a" * 4096 + b"2" * 4096], HostSpec(ram=1 << 16))
+    >>> needs.curve(np.array([1, 2])).frames
+    array([2., 3.])
+    """
+    policy = policy or Policy()
+    taken = snapshots(list(images))
+    samples = Samples(Table.of(taken, [0] * len(taken), policy.zeros == "absent"))
+    ram = np.array([samples.table.pages.max() * taken[0].page_size], np.float64)
+    mix = reach(samples, ram, [1.0], host, policy, taken[0].page_size)
+    return Needs(samples, ram, mix, host, policy, rules or Rules(), taken[0].page_size)
+
+
+def _ram(classes: Sequence[VMClass], table: Table, page: int) -> Floats:
+    ram = []
+    for index, each in enumerate(classes):
+        largest = int(table.pages[table.class_of == index].max()) * page
+        if each.ram is not None and each.ram < largest:
+            raise PlanError(
+                f"class {each.name}: a sample has {largest:,} bytes of pages, a VM has {each.ram:,} bytes of RAM"
+            )
+        ram.append(each.ram or largest)
+    return np.array(ram, np.float64)
+
+
+def _host(
+    samples: Samples,
+    ram: Floats,
+    mix: Sequence[float],
+    host: HostSpec,
+    policy: Policy,
+    page: int,
+    classes: Sequence[VMClass],
+) -> HostPlan:
+    counts = reach(samples, ram, mix, host, policy, page)
+
+    @functools.cache
+    def needs(rules: Rules) -> Needs:
+        return Needs(samples, ram, counts, host, policy, rules, page)
+
+    first = needs(Rules(use_zero_pages=bool(policy.use_zero_pages)))
+    at = counts[[max(1, first.fits(first.curve(first.grid())).recommended)]]
+    zero_share = float((first.growth.zeros(at) / first.growth.pages(at))[0])
+    rules, tunables = choose_rules(lambda rules: float(needs(rules).growth.frames(at)[0][0]), zero_share, host, policy)
+    final = needs(rules)
+    curve = final.curve(final.grid())
+    fits = final.fits(curve)
+    vms = max(1, fits.recommended)
+    found = load(final, vms)
+    cost = CostModel()
+    pace, pacing, _ = choose_pace(found, host, policy, cost)
+    kernel = profile(host.kernel)
+    default = Pace(kernel.attributes["pages_to_scan"].default, pace.sleep_millisecs, pace.smart_scan, cost)
+    return HostPlan(
+        host=host,
+        fits=fits,
+        mix={each.name: int(n) for each, n in zip(classes, counts[fits.recommended], strict=True)},
+        curve=curve,
+        tunables=pacing + tunables,
+        advisor=advisor(pace, policy, kernel),
+        settle=settle(found, pace),
+        default=settle(found, default),
+        timelines=(timeline("recommended", found, pace), timeline("default", found, default)),
+        check=None,
+        frames=_figures(final.curve(np.array([fits.recommended], np.int64)), final),
+    )
+
+
+def _figures(curve: Curve, needs: Needs) -> dict[str, float | None]:
+    zero = float(needs.growth.zeros(curve.by_class)[0]) if needs.growth.rules.use_zero_pages else 0.0
+    pages, frames, unshared = (float(array[0]) for array in (curve.pages, curve.frames, curve.unshared))
+    found = {
+        "pages": pages,
+        "frames": frames,
+        "low": float(curve.frames_low[0]),
+        "high": float(curve.frames_high[0]),
+        "pages_shared": frames - unshared,
+        "pages_sharing": pages - zero - frames,
+        "pages_unshared": unshared,
+        "ksm_zero_pages": zero,
+        "need": float(curve.need[0]),
+        "without": float(curve.without[0]),
+        "saved": float(curve.saved[0]),
+        "bookkeeping": float(curve.bookkeeping[0]),
+    }
+    return {name: value if np.isfinite(value) else None for name, value in found.items()}
+
+
+def _compositions(taken: Sequence[Snapshot], table: Table, classes: Sequence[VMClass]) -> tuple[Composition, ...]:
+    columns = zip(table.pages, table.zeros, *table.composition(), strict=True)
+    return tuple(
+        Composition(snapshot.name, classes[index].name, *map(int, numbers))
+        for snapshot, index, numbers in zip(taken, table.class_of, columns, strict=True)
+    )
+
+
+def _summaries(
+    classes: Sequence[VMClass], mix: Sequence[float], ram: Floats, table: Table, samples: Sequence[Composition]
+) -> tuple[ClassSummary, ...]:
+    found = []
+    for index, each in enumerate(classes):
+        mine = [sample for sample, c in zip(samples, table.class_of, strict=True) if c == index]
+        means = [
+            float(np.mean([getattr(s, what) for s in mine]))
+            for what in ("pages", "zero", "within", "between", "unique")
+        ]
+        found.append(ClassSummary(each.name, mix[index], len(mine), int(ram[index]), *means))
+    return tuple(found)
+
+
+def _assumed(taken: Sequence[Snapshot], policy: Policy, hosts: Sequence[HostSpec]) -> list[str]:
+    found = [
+        "The samples were drawn at random from the VMs of their class; the VMs to come are like them.",
+        "All memory of the VMs is mergeable, and stands still for long enough to merge.",
+    ]
+    if any(not each.anonymous_known for each in taken):
+        what = "never touched" if policy.zeros == "absent" else "pages like others, which merge"
+        found.append(f"All-zero pages of dumps, which may as well have never been touched, are {what}.")
+    if not policy.growth:
+        found.append("VMs will touch no more memory than the samples have.")
+    if any(not host.reserve for host in hosts):
+        found.append("Nothing is reserved for the host itself.")
+    if any(not host.vm_overhead for host in hosts):
+        found.append("A VM takes nothing besides its guest memory.")
+    return found
+
+
+def _warnings(classes: Sequence[VMClass], hosts: Sequence[HostPlan]) -> list[str]:
+    found = []
+    for each in classes:
+        if len(each.samples) == 1:
+            found.append(
+                f"Class {each.name} has one sample: what its VMs share with each other is unknown, so these are bounds."
+            )
+        elif len(each.samples) == 2:
+            found.append(f"Class {each.name} has two samples: the intervals are wide; a third narrows them most.")
+    return found

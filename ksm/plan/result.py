@@ -1,0 +1,299 @@
+"""What a plan answers: frozen results with units, for people (`verdict`), programs (`to_dict`) and charts (arrays)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ksm.plan.inputs import HostSpec, Policy
+
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+
+
+def plain(value: Any) -> Any:
+    """What JSON can hold: arrays as lists, NaN as None, results by their `to_dict`.
+
+    >>> plain(np.array([1.0, np.nan]))
+    [1.0, None]
+    """
+    if isinstance(value, np.ndarray):
+        return [plain(item) for item in value.tolist()]
+    if isinstance(value, float):
+        return value if np.isfinite(value) else None
+    if isinstance(value, np.generic):
+        return plain(value.item())
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [plain(item) for item in value]
+    if hasattr(value, "to_dict"):
+        return value.to_dict()
+    return value
+
+
+class _Result:
+    __slots__ = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it, for JSON."""
+        return {field.name: plain(getattr(self, field.name)) for field in fields(self)}  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Curve(_Result):
+    """Memory against the number of VMs on one host; arrays of equal length, a value for each of `vms`.
+
+    Where a class is known by one sample only, the middle is unknown (NaN) and low and high are bounds: every further VM
+    like the sample, and every further VM sharing nothing but zero pages. Otherwise low and high are the ends of the
+    central interval at the policy's confidence, for the memory of that many VMs drawn at random.
+    """
+
+    vms: Ints
+    by_class: Ints
+    """(len(vms), classes): how many of each class."""
+    pages: Floats
+    """Pages that the guests have touched, all mergeable."""
+    frames: Floats
+    """Frames that hold them once merging has settled; with low and high."""
+    frames_low: Floats
+    frames_high: Floats
+    unshared: Floats
+    """`pages_unshared` on average."""
+    without: Floats
+    """Bytes taken without merging: guests, growth, overhead."""
+    need: Floats
+    """Bytes taken with merging, the kernel's bookkeeping included; with low and high."""
+    need_low: Floats
+    need_high: Floats
+    saved: Floats
+    """Bytes: `without` less `need`; with low and high."""
+    saved_low: Floats
+    saved_high: Floats
+    broken: Floats
+    """Bytes taken (at the confidence) just after the policy's share of the merged pages broke."""
+    bookkeeping: Floats
+    """Bytes of rmap items and stable nodes, part of `need`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fits(_Result):
+    """How many VMs fit on one host, by question; None where one sample gives only bounds."""
+
+    without_ksm: int
+    """Touched memory as in the samples, no merging, headroom kept."""
+    committed: int
+    """Every VM uses all of its RAM, no merging, no headroom."""
+    mean: int | None
+    """Merging, on average, headroom kept."""
+    low: int
+    """Merging: the lower end for `mean` at the policy's confidence, or the lower bound."""
+    high: int
+    confident: int
+    """Merging: so many fit with the policy's confidence, headroom kept."""
+    broken: int
+    """So many still fit, at the confidence and with swap, after the policy's share of the merged pages broke."""
+    unmerged: int
+    """So many survive run=2: all private, in all usable memory and swap."""
+    recommended: int
+    """The least of `confident` and `broken`."""
+    limited_by: str
+    """"memory", "broken pages" or "the plan's limit": what `recommended` ends at."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tunable(_Result):
+    """One file of /sys/kernel/mm/ksm, what to write to it, and why."""
+
+    name: str
+    value: int | str
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Settle(_Result):
+    """How soon merging is there with some tunables, and what ksmd takes. Seconds; CPU as a share of one CPU."""
+
+    pages_to_scan: int
+    sleep_millisecs: int
+    cold: Mapping[int, float]
+    """Share of the saving in percent (50, 90, 99) -> seconds after all VMs started at once."""
+    one_more: Mapping[int, float]
+    """The same share of what one more VM saves -> seconds after it booted, the others settled."""
+    pass_seconds: float
+    """A pass once all is settled."""
+    cpu_cold: float
+    """ksmd while it merges, from cold to 99 %."""
+    cpu_steady: float
+    """ksmd once all is settled."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Timeline(_Result):
+    """Merging from a cold start: arrays of equal length."""
+
+    label: str
+    """"recommended", "default" or "simulated"."""
+    seconds: Floats
+    pages_sharing: Floats
+    """With `ksm_zero_pages`."""
+    cpu_seconds: Floats
+    """ksmd's CPU time so far."""
+
+
+@dataclass(frozen=True, slots=True)
+class Check(_Result):
+    """The closed form against `ksm.Machine` on the samples' own fingerprints, thinned out."""
+
+    vms: int
+    pages: int
+    """Pages in the simulated machine."""
+    thinning: int
+    """One content of so many was kept, with all its copies."""
+    pages_sharing: tuple[float, int]
+    """(closed form, simulation), as the following."""
+    seconds_50: tuple[float, float]
+    seconds_90: tuple[float, float]
+    seconds_99: tuple[float, float]
+    cpu_seconds: tuple[float, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Composition(_Result):
+    """What a sample's pages are; the four add up to `pages`."""
+
+    name: str
+    class_name: str
+    pages: int
+    zero: int
+    within: int
+    """Further copies of contents that the same sample has already."""
+    between: int
+    """Contents that another sample has, too."""
+    unique: int
+    """Contents that only this sample has."""
+
+
+@dataclass(frozen=True, slots=True)
+class HostPlan(_Result):
+    """The plan for one kind of host. Numbers of VMs and bytes are for one host of the kind."""
+
+    host: HostSpec
+    fits: Fits
+    mix: Mapping[str, int]
+    """VMs of each class among the recommended."""
+    curve: Curve
+    tunables: tuple[Tunable, ...]
+    advisor: tuple[Tunable, ...]
+    """The scan-time advisor's settings for the same budget, to use instead of pages_to_scan; () before Linux 6.8."""
+    settle: Settle
+    """With these tunables, at the recommended number of VMs."""
+    default: Settle
+    """With the kernel's default tunables."""
+    timelines: tuple[Timeline, ...]
+    check: Check | None
+    """None if simulation was not asked for."""
+    frames: Mapping[str, float | None]
+    """At the recommended number: "pages", "frames", "low", "high", "pages_shared", "pages_sharing", "pages_unshared",
+    "ksm_zero_pages" (pages); "need", "without", "saved", "bookkeeping" (bytes)."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it, for JSON."""
+        return _Result.to_dict(self) | {"host": asdict(self.host)}
+
+
+@dataclass(frozen=True, slots=True)
+class ClassSummary(_Result):
+    """A class of VMs as its samples show it; pages are means over samples."""
+
+    name: str
+    share: float
+    samples: int
+    ram: int
+    pages: float
+    zero: float
+    within: float
+    between: float
+    unique: float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Plan(_Result):
+    """How many VMs fit, how soon, at what cost, at what risk; made by `ksm.plan`.
+
+    >>> import ksm
+    >>> answer = ksm.plan([ksm.VMClass("web", [b"a" * 4096 + b"1" * 4096, b"a" * 4096 + b"2" * 4096])],
+    ...                   ksm.HostSpec(ram=32768), ksm.Policy(headroom=0), simulate=False)
+    >>> answer.fits >= 1
+    True
+    """
+
+    classes: tuple[ClassSummary, ...]
+    policy: Policy
+    page_size: int
+    hosts: tuple[HostPlan, ...]
+    samples: tuple[Composition, ...]
+    overlap: Ints
+    """(samples, samples) pages: of the row's sample, those whose content the column's sample has, zero pages apart."""
+    assumed: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+    @property
+    def fits(self) -> int:
+        """VMs that the plan recommends, over all hosts.
+
+        >>> Plan.fits.__doc__ is not None
+        True
+        """
+        return sum(each.fits.recommended * each.host.count for each in self.hosts)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it, for JSON."""
+        return {"fits": self.fits, "verdict": list(self.verdict())} | _Result.to_dict(self)
+
+    def verdict(self) -> tuple[str, ...]:
+        """The answer in sentences, the decision first."""
+        return tuple(sentence for each in self.hosts for sentence in self._of_host(each))
+
+    def _of_host(self, each: HostPlan) -> list[str]:
+        fits, policy, sure = each.fits, self.policy, f"{self.policy.confidence:.0%}"
+        which = each.host.name if each.host.count == 1 else f"each of {each.host.count} {each.host.name}"
+        mix = ", ".join(f"{n} {name}" for name, n in each.mix.items()) if len(each.mix) > 1 else ""
+        more = fits.recommended - fits.without_ksm
+        found = [
+            f"{fits.recommended} VMs fit on {which}"
+            + (f" ({mix})" if mix else "")
+            + f": {fits.without_ksm} without KSM and {abs(more)} {'more' if more >= 0 else 'fewer'} with it."
+        ]
+        if fits.mean is None:
+            found.append(
+                f"One sample gives bounds only: between {fits.low} (nothing shared between VMs but zero pages) and "
+                f"{fits.high} (VMs that are all alike)."
+            )
+        else:
+            found.append(
+                f"On average {fits.mean} would fit, with {sure} confidence {fits.confident}; after {policy.broken:.0%} "
+                f"of the merged pages broke at once {fits.broken} still do, after run=2 {fits.unmerged}."
+            )
+        found.append(
+            f"From a cold start 99 % of the saving is there after {clock(each.settle.cold[99])} with pages_to_scan "
+            f"{each.settle.pages_to_scan:,} ({clock(each.default.cold[99])} with the default of "
+            f"{each.default.pages_to_scan:,}); ksmd takes {each.settle.cpu_cold:.1%} of a CPU until then and "
+            f"{each.settle.cpu_steady:.1%} afterwards."
+        )
+        return found
+
+
+def clock(seconds: float) -> str:
+    """A duration to three digits.
+
+    >>> clock(7.5), clock(600), clock(36000)
+    ('7.5 s', '10 min', '10 h')
+    """
+    if seconds < 90:
+        return f"{seconds:.3g} s"
+    return f"{seconds / 60:.3g} min" if seconds < 5400 else f"{seconds / 3600:.3g} h"
