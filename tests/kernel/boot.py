@@ -124,7 +124,9 @@ class Tree:
         python = Path(getattr(sys, "_base_executable", sys.executable)).resolve()
         done = subprocess.run([python, "-I", "-S", "-c", script], capture_output=True, text=True, check=True)
         files = {Path(line) for line in done.stdout.splitlines() if line}
-        files |= set(Path(sysconfig.get_path("stdlib"), "encodings").glob("[ual]*.py"))
+        library = Path(sysconfig.get_path("stdlib"))
+        for name in ("collections", "importlib", "encodings"):  # what is found by other names, or only when needed
+            files |= set(library.glob(f"{name}/[_aclmu]*.py"))
         for path in sorted(files):
             self.add(path)
             if path.suffix == ".py":
