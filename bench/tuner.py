@@ -1,15 +1,19 @@
 """`python -m bench.tuner`: what `ksm tune auto` does while memory gets short and is given back, on the running kernel.
 
 Guests with a common half and a half of their own arrive one after the other, work (a part of their own pages changes
-all the time), and leave. The tuner is shown a host that is just large enough for them: the memory of this one that was
-in use before, or never will be, is left out of what it sees. All else is real. The lock on the kernel's KSM is held all
-the time, and everything is put back.
+all the time), and leave. The tuner is shown a host of the size of that load: what is available there is what the
+guests take, less what KSM really saves, off its memory. So nothing else that runs here shows in it; all the rest,
+ksmd, the writes and the savings, is the running kernel's. The lock on the kernel's KSM is held all the time, and
+everything is put back.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import mmap
+import re
+import signal
 import subprocess
 import sys
 import time
@@ -76,6 +80,19 @@ class Guests:
                 told.append(f"guest {number + 1} goes")
         return told
 
+    def touched(self) -> int:
+        """Bytes of anonymous memory that they have present, merged or not."""
+        found = 0
+        for guest in self._running.values():
+            with contextlib.suppress(OSError):
+                match = re.search(r"^RssAnon:\s*(\d+) kB", Path(f"/proc/{guest.pid}/status").read_text(), re.M)
+                found += int(match[1]) * 1024 if match else 0
+        return found
+
+    def promised(self) -> int:
+        """Bytes that they may touch."""
+        return len(self._running) * self._pages * mmap.PAGESIZE
+
     def end(self, number: int) -> None:
         """Kill one, and wait for it."""
         guest = self._running.pop(number)
@@ -119,22 +136,22 @@ class Record:
 
 
 class SmallHost:
-    """What the tuner is shown: a host of `total` bytes on which nothing ran when this was made."""
+    """What the tuner is shown: a host of `total` bytes on which nothing but the guests runs."""
 
-    def __init__(self, host: Host, total: int) -> None:
+    def __init__(self, host: Host, guests: Guests, total: int) -> None:
         self._lookout = Lookout(host)
+        self._guests = guests
         self._total = total
-        self._idle = self._lookout.look()
 
     def look(self) -> View:
-        """The host, without what is not the load's."""
+        """The host, with the memory that the guests and KSM leave of it."""
         now = self._lookout.look()
-        used = self._idle.mem_available - now.mem_available
+        free = self._total - self._guests.touched() + now.stats.saved_bytes
         return replace(
             now,
             mem_total=self._total,
-            mem_available=max(0, min(self._total, self._total - used)),
-            committed=max(0, now.committed - self._idle.committed),
+            mem_available=max(0, min(self._total, free)),
+            committed=self._guests.promised(),
         )
 
 
@@ -147,6 +164,7 @@ class SmallHost:
 @click.option("--json", "json_file", metavar="FILE", help="Write all decisions as JSON.")
 def main(policy: str, minutes: float, guest_mib: int, settle: float, cpu: float, json_file: str | None) -> None:
     """Run the tuner under a load that comes and goes."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # unwinds
     host = Host()
     seconds = minutes * 60
     with host.lock():
@@ -157,7 +175,7 @@ def main(policy: str, minutes: float, guest_mib: int, settle: float, cpu: float,
                 record = Record(guests, host)
                 interval = max(1.0, seconds / 60)
                 rule: Policy = Target(settle, cpu, interval) if policy == "target" else Pressure(interval=interval)
-                small = SmallHost(host, round(HOST * (guest_mib << 20)))
+                small = SmallHost(host, guests, round(HOST * (guest_mib << 20)))
                 before = time.process_time()
                 with Tuner(host, rule, record.step, look=small.look) as tuner:
                     tuner.run(seconds)
