@@ -16,7 +16,6 @@ from ksm.linux import Host
 from ksm.sysfs import ADVISOR_MODES, ATTRIBUTES, Attribute, Profile, StateSysfs, Sysfs
 
 _EBUSY_WHILE_SHARED = ("merge_across_nodes", "max_page_sharing")
-_U64 = (1 << 64) - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,13 +67,14 @@ def range_of(attribute: Attribute) -> str:
     """What a tunable takes, in words.
 
     >>> [range_of(ATTRIBUTES[name]) for name in ("run", "advisor_mode", "max_page_sharing", "advisor_target_scan_time")]
-    ['0 to 2', 'none, scan-time', '2 to 2,147,483,647', '1 to 2^64-1']
+    ['0 to 2', 'none, scan-time', '2 to 2^31-1', '1 to 2^64-1']
     """
     if attribute.kind == "mode":
         return ", ".join(ADVISOR_MODES)
     if attribute.kind == "bool" or attribute.maximum == 1:
         return "0, 1"
-    most = "2^64-1" if attribute.maximum == _U64 else f"{attribute.maximum:,}"
+    bits = (attribute.maximum + 1).bit_length() - 1
+    most = f"2^{bits}-1" if attribute.maximum == (1 << bits) - 1 and bits > 16 else f"{attribute.maximum:,}"
     return f"{attribute.minimum:,} to {most}"
 
 
@@ -162,7 +162,7 @@ def plan_changes(
     >>> plan_changes(Machine().ksm, {"max_page_sharing": "1"})
     Traceback (most recent call last):
         ...
-    ksm.errors.SyscallError: [Errno 22] Invalid argument: max_page_sharing: '1'; it takes 2 to 2,147,483,647
+    ksm.errors.SyscallError: [Errno 22] Invalid argument: max_page_sharing: '1'; it takes 2 to 2^31-1
     """
     for name in wanted:
         _require_tunable(ksm, name, release)

@@ -82,19 +82,18 @@ def test_the_program_and_its_children_are_opted_in(host: Host, way: list[str]) -
 
 @needs_kernel
 @WAYS
-@pytest.mark.parametrize(
-    ("arguments", "code"), [(["nonono"], 127), (["/etc/passwd"], 126), (["/"], 126), (["sh", "-c", "exit 77"], 77)]
-)
+@pytest.mark.parametrize(("arguments", "code"), [(["nonono"], 127), (["/etc/passwd"], 126)])
 def test_exit_codes(host: Host, way: list[str], arguments: list[str], code: int) -> None:
     got, out, err = finish(ksm_run(*way, *arguments))
     assert (got, out) == (code, "")
-    if code in (126, 127):
-        assert err.startswith(f"ksm: {arguments[0]}: ") and err.count("\n") == 1
+    assert err.startswith(f"ksm: {arguments[0]}: ") and err.count("\n") == 1
 
 
 @needs_kernel
-@WAYS
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGQUIT])
+@pytest.mark.parametrize(
+    ("way", "number"),
+    [([], signal.SIGTERM), (["--json"], signal.SIGTERM), (["--json"], signal.SIGINT), (["--json"], signal.SIGUSR1)],
+)
 def test_signals_reach_the_program(host: Host, way: list[str], number: signal.Signals) -> None:
     name = number.name.removeprefix("SIG")
     process = ksm_run(*way, "--", "sh", "-c", f"trap 'exit 9' {name}; echo ready; while :; do sleep 0.05; done")
@@ -104,8 +103,9 @@ def test_signals_reach_the_program(host: Host, way: list[str], number: signal.Si
 
 
 @needs_kernel
-@WAYS
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, signal.SIGSEGV])
+@pytest.mark.parametrize(
+    ("way", "number"), [([], signal.SIGTERM), (["--json"], signal.SIGSEGV), (["--json"], signal.SIGKILL)]
+)
 def test_it_ends_by_the_same_signal(host: Host, way: list[str], number: signal.Signals) -> None:
     code, _, _ = finish(ksm_run(*way, "sh", "-c", f"kill -{int(number)} $$"))
     assert code == -number

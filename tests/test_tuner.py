@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 import ksm
+from ksm.cli import main
 from ksm.linux import KSM_ROOT, Host, madvise
 from ksm.policies import Decision, Pressure, Target, View
 from ksm.stats import Stats
@@ -362,7 +363,7 @@ def running(host: Host) -> bool:
     return text.strip() == "1"
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_signals_stop_it_cleanly(host: Host, tmp_path: Path, number: int) -> None:
     before = managed(host)
     with started(tmp_path) as process:
@@ -437,14 +438,24 @@ def test_the_settings_of_a_file(host: Host, tmp_path: Path) -> None:
     assert "pages_to_scan=77 " in out
     told = log.read_text().splitlines()
     assert len(told) == len(out.splitlines()) and "T" in told[0].split()[0]
-    for text, words in (("KSM_NPAGES_MAX=x", "a whole number"), ("nonsense", "conf: line 1: 'nonsense'")):
+
+
+@pytest.mark.parametrize(
+    ("text", "code", "words"),
+    [
+        ("KSM_NPAGES_MAX=x", 2, "a whole number"),
+        ("nonsense", 2, "conf: line 1: 'nonsense'"),
+        (None, 66, "conf: No such file or directory"),
+    ],
+)
+def test_bad_settings_of_a_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str | None, code: int, words: str
+) -> None:
+    if text is not None:
         (tmp_path / "conf").write_text(text)
-        with started(tmp_path, "--config", "conf") as process:
-            _, err = process.communicate(timeout=20)
-        assert process.returncode == 2 and words in err and err.count("\n") == 1
-    with started(tmp_path, "--config", "/nonexistent") as process:
-        _, err = process.communicate(timeout=20)
-    assert process.returncode == 66 and err == "ksm: /nonexistent: No such file or directory\n"
+    assert main(["tune", "auto", "--config", str(tmp_path / "conf")]) == code
+    err = capsys.readouterr().err
+    assert words in err and err.count("\n") == 1
 
 
 def test_rights_are_missing(host: Host, tmp_path: Path) -> None:

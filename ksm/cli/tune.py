@@ -26,6 +26,7 @@ from ksm.tune import (
 )
 
 _LOCK_SECONDS = 10.0
+_WIDE = 110  # columns that the table takes
 
 
 @click.group(name="tune")
@@ -61,15 +62,29 @@ def show(names: tuple[str, ...], as_json: bool) -> None:
     if as_json:
         print_json(rows)
         return
+    console = out()
+    if console.width < _WIDE:
+        for row in rows:
+            console.print(
+                f"{row['name']:34} {_marked(row):>11}  default {row['default']}, {row['range']}, since {row['since']}\n"
+                f"    {row['help']}",
+                soft_wrap=True,
+            )
+        return
     result = Table(box=None, pad_edge=False, header_style="bold")
-    for heading in ("tunable", "value", "default"):
-        result.add_column(heading, justify="left" if heading == "tunable" else "right", overflow="fold")
+    result.add_column("tunable", no_wrap=True)
+    for heading in ("value", "default"):
+        result.add_column(heading, justify="right", no_wrap=True)
     for heading in ("range", "since", "meaning"):
         result.add_column(heading)
     for row in rows:
-        mark = "*" if row["value"] != row["default"] else " "
-        result.add_row(row["name"], row["value"] + mark, row["default"], row["range"], row["since"], row["help"])
-    out().print(result)
+        result.add_row(row["name"], _marked(row), row["default"], row["range"], row["since"], row["help"])
+    console.print(result)
+
+
+def _marked(row: Mapping[str, str]) -> str:
+    """Its value, with a star or a space."""
+    return row["value"] + ("*" if row["value"] != row["default"] else " ")
 
 
 @command.command(name="set")
