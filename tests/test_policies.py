@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
@@ -211,6 +212,24 @@ def test_target_learns_what_a_page_costs() -> None:
     then = policy.decide(slow)
     assert "at 60.00 us" in then.why
     assert then.pages_to_scan / then.sleep_millisecs < told.pages_to_scan / told.sleep_millisecs / 9
+
+
+def test_target_saves_again_what_it_overspent() -> None:
+    """30 % of a CPU for ten seconds, with a budget of 10 %: two seconds too many, saved within a minute."""
+    policy = Target(settle=1, cpu=10)
+
+    def seen(second: float, cpu: float) -> float:
+        scanned = round(cpu / 10e-6)  # each page takes 10 us
+        stats = Stats(pages_scanned=scanned, pages_unshared=1_000_000)
+        told = policy.decide(View(seconds=second, stats=stats, mem_total=1, mem_available=1, ksmd_cpu=cpu))
+        rate = re.search(r"([\d,]+) a second at 10.00 us", told.why)
+        return int(rate[1].replace(",", "")) * 10e-6 if rate else 0.0
+
+    seen(0, 0.0)
+    assert seen(10, 3.0) == pytest.approx(0.10 - 2 / 60, rel=0.01)
+    assert seen(20, 3.5) == pytest.approx(0.10 - 1.5 / 60, rel=0.01)
+    assert seen(60, 3.6) == pytest.approx(0.10, rel=0.01)
+    assert seen(70, 60.0) == pytest.approx(0.01, rel=0.01)  # never less than a tenth
 
 
 def test_target_without_sight_of_ksmd() -> None:
