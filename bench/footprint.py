@@ -33,7 +33,7 @@ def peak() -> int:
 
 
 def measure(kind: str, n: int) -> dict[str, float]:
-    """Bytes a page after each stage, and at the most."""
+    """Bytes a page after each stage, and at the most; and what each structure has allocated, touched or not."""
     machine(filled("unique", 64)).ksmd.scan()  # what is loaded once does not count
     pages = filled(kind, n)
     base = resident()
@@ -44,7 +44,8 @@ def measure(kind: str, n: int) -> dict[str, float]:
         found.ksmd.scan()
         after[f"after pass {number + 1}"] = resident()
     after["at the most"] = peak()
-    return {name: (size - base) / n for name, size in after.items()}
+    allocated = {f"allocated for {name}": size for name, size in found._engine.memory().items() if size > n}
+    return {name: (size - base) / n for name, size in after.items()} | {k: v / n for k, v in allocated.items()}
 
 
 if __name__ == "__main__":

@@ -42,11 +42,11 @@ from ksm._cy.rbtree cimport Node, rb_is_red, rb_parent
 from ksm._cy.slots cimport drop_all_items, split_huge, vacate
 from ksm._cy.stable cimport build_stable, in_table, remove_node
 from ksm._cy.store cimport (
-    FINGERPRINT_BYTES, NEAR_LEVELS, NO_FRAME, NO_MEMORY, NO_SLOT, Store, grow, levels_beyond, range_mask)
+    FINGERPRINT_BYTES, NEAR_LEVELS, NO_FRAME, NO_MEMORY, NO_SLOT, Erased, Store, grow, levels_beyond, range_mask)
 from ksm._cy.table cimport table_free
 from ksm._cy.types cimport (
     DIRTY, FIRST_FRAME, FREE_NODE, HUGE, HUGE_ZERO, KSM, KSM_ZERO, LAZY, NOTHING, OWNED, SLOTS, ZERO_PAGE,
-    Block, Frame, Space, StableNode)
+    Block, Frame, Origin, Space, StableNode)
 from ksm._cy.unstable cimport build_unstable, clear_unstable, make_explicit, touch_unstable, unstable_state
 from ksm._cy.visit cimport reserve
 from ksm._cy.walk cimport link_space, scan, unlink_space, unregister
@@ -800,6 +800,29 @@ cdef class Engine:
             busy = busy or remove_node(&self.m, n) == 1
             n = next
         return busy
+
+    def memory(self):
+        """Bytes that each structure has allocated. O(blocks + frames)."""
+        cdef uint32_t i
+        cdef uint64_t spaces = self.m.space_capacity * sizeof(Space), owned = 0
+        for i in range(self.m.space_count):
+            spaces += self.m.spaces[i].capacity * sizeof(uint32_t)
+        for i in range(FIRST_FRAME, self.m.frame_count):
+            owned += self.m.width if self.m.frames[i].flags & OWNED else 0
+        return {
+            "slots and rmap items": self.m.block_count * sizeof(Block) + self.m.block_capacity * sizeof(Block *)
+            + self.m.free_blocks_capacity * sizeof(uint32_t),
+            "frames": self.m.frame_capacity * sizeof(Frame) + self.m.origin_capacity * sizeof(Origin),
+            "contents of their own": owned,
+            "address spaces": spaces,
+            "stable nodes": self.m.stable_capacity * sizeof(StableNode),
+            "stable trees": self.m.place_capacity * sizeof(Node) + self.m.pending_capacity * sizeof(uint32_t),
+            "stable table": self.m.stable_table.capacity * sizeof(uint64_t),
+            "unstable nodes": self.m.joined_capacity * sizeof(uint32_t) + self.m.nid_capacity * sizeof(uint8_t)
+            + self.m.erased_capacity * sizeof(Erased),
+            "unstable trees": self.m.link_capacity * sizeof(Node),
+            "unstable table": self.m.unstable_table.capacity * sizeof(uint64_t),
+        }
 
     def dump(self):
         """Every structure, as tuples: what ksm.check verifies. O(everything)."""

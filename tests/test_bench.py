@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 import ksm
+from ksm.calibrate import machine_of
+from ksm.patterns import filled
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.skipif(not (ROOT / "bench").exists(), reason="an installed package is tested, without bench/")
@@ -63,6 +65,20 @@ def test_every_goal_has_a_figure(results: Path) -> None:
         assert row["got"] > 0, row
         limit, better = row["must"], row["got"] <= row["must"] if row["less"] else row["got"] >= (row["must"] or 0)
         assert (row["verdict"] in ("must", "aim")) == (limit is not None and better)
+
+
+def test_memory_by_structure(results: Path) -> None:
+    rows = {row["what"]: row["detail"] for row in json.loads(results.read_text())["rows"]}
+    for kind in ("guest", "unique", "copies"):
+        found = rows[f"engine memory beyond {kind} pages"]
+        assert found["allocated for frames"] >= 8 and found["allocated for slots and rmap items"] >= 8
+    m = machine_of(filled("unique", 1000))
+    before = m._engine.memory()
+    process = m.processes["process-1"]
+    process.write(process.vmas[0].start * 4096, bytes(5 * 4096))
+    after = m._engine.memory()
+    assert after["contents of their own"] - before["contents of their own"] == 5 * 4096
+    assert set(before) == set(after) and all(size >= 0 for size in before.values())
 
 
 def test_contestants_count_the_same(results: Path) -> None:
