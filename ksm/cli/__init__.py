@@ -30,6 +30,7 @@ _COMMANDS: Mapping[str, str] = MappingProxyType(
         "record": "Record what memory holds over time, to replay it under any tunables.",
         "formats": "The memory images and other sources that are understood.",
         "info": "What a memory image is, and what is in it.",
+        "plan": "How many VMs fit on a host, from samples of their memory.",
         "run": "Run a program with its memory opted in to KSM.",
         "simulate": "How KSM gets there: its counters over time.",
         "sweep": "Which tunables bring the saving how soon, and at what cost.",

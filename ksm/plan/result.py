@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ksm.plan.inputs import HostSpec, Policy
+from ksm.units import clock
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -286,14 +287,3 @@ class Plan(_Result):
             f"{each.settle.cpu_steady:.1%} afterwards."
         )
         return found
-
-
-def clock(seconds: float) -> str:
-    """A duration to three digits.
-
-    >>> clock(7.5), clock(600), clock(36000)
-    ('7.5 s', '10 min', '10 h')
-    """
-    if seconds < 90:
-        return f"{seconds:.3g} s"
-    return f"{seconds / 60:.3g} min" if seconds < 5400 else f"{seconds / 3600:.3g} h"

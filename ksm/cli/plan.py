@@ -1,0 +1,274 @@
+"""`ksm plan`: how many VMs fit on a host, how soon, at what cost, at what risk."""
+
+from __future__ import annotations
+
+import glob
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.table import Table
+
+from ksm.cli.common import binary, duration, out, print_json, progress
+from ksm.errors import PlanError, UnsupportedError
+from ksm.plan import HostPlan, HostSpec, Plan, Policy, VMClass, plan
+from ksm.units import clock
+
+DOES_NOT_FIT = 3
+
+_SIZES = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
+
+def size(text: Any) -> int:
+    """Bytes, from 64G, 1.5GiB, 512M or a plain number.
+
+    >>> size("64G") >> 30, size("1.5K"), size(4096)
+    (64, 1536, 4096)
+    """
+    found = re.fullmatch(r"(\d{1,15}(?:\.\d{1,9})?)\s*([KMGT]?)(?:i?B)?", str(text).strip(), re.IGNORECASE | re.ASCII)
+    if not found or isinstance(text, bool):
+        raise PlanError(f"{text!r} is not a size, such as 64G, 512M or 4096")
+    return int(float(found[1]) * _SIZES[found[2].upper()])
+
+
+def share(text: Any) -> float:
+    """A share, from 25% or 0.25.
+
+    >>> share("25%"), share(0.25)
+    (0.25, 0.25)
+    """
+    found = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)\s*(%?)", str(text).strip(), re.ASCII)
+    if not found or isinstance(text, bool):
+        raise PlanError(f"{text!r} is not a share, such as 25% or 0.25")
+    return float(found[1]) / (100 if found[2] else 1)
+
+
+class _Parsed(click.ParamType[Any]):
+    """An option that one of the functions above reads."""
+
+    def __init__(self, name: str, read: Any) -> None:
+        self.name = name
+        self._read = read
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """What the text means."""
+        try:
+            return self._read(value)
+        except PlanError as error:
+            self.fail(str(error), param, ctx)
+
+
+_SIZE, _SHARE = _Parsed("size", size), _Parsed("share", share)
+
+
+@click.command()
+@click.argument("sources", nargs=-1, metavar="[SOURCE]...")
+@click.option("--file", "file", metavar="YAML", help="Classes of VMs, hosts and the policy from a file.")
+@click.option("--ram", type=_SIZE, help="The host's memory.")
+@click.option("--vm-ram", type=_SIZE, help="A VM's memory.  [default: what the largest sample has]")
+@click.option("--reserve", type=_SIZE, default="0", show_default=True, help="Kept for the host itself.")
+@click.option("--vm-overhead", type=_SIZE, default="0", show_default=True, help="A VM's memory beside the guest's.")
+@click.option("--swap", type=_SIZE, default="0", show_default=True, help="For when merged memory breaks.")
+@click.option("--nodes", type=click.IntRange(1, 255), default=1, show_default=True, help="NUMA nodes.")
+@click.option("--kernel", default="6.18", show_default=True, help="Whose rules and defaults.")
+@click.option("--headroom", type=_SHARE, default="10%", show_default=True, help="Of the memory, to be left free.")
+@click.option("--broken", type=_SHARE, default="25%", show_default=True, help="Of merged pages, that may break.")
+@click.option("--confidence", type=_SHARE, default="90%", show_default=True, help="How sure it has to be.")
+@click.option("--ksmd-cpu", type=_SHARE, default="20%", show_default=True, help="Of one CPU, that ksmd may take.")
+@click.option("--settle", default="30m", callback=duration, show_default=True, help="99 % merged by then, from cold.")
+@click.option("--growth", type=_SHARE, default="0", show_default=True, help="Of untouched RAM, that VMs will yet fill.")
+@click.option("--zeros", type=click.Choice(["merge", "absent"]), default="merge", show_default=True, help="In dumps.")
+@click.option("--page-size", type=int, default=None, help="Of raw images.  [default: 4096]")
+@click.option("--threads", type=click.IntRange(1), default=None, help="That hash.  [default: all CPUs]")
+@click.option("--require", type=click.IntRange(1), metavar="N", help="Exit 3 unless N VMs fit (over all hosts).")
+@click.option("--json", "as_json", is_flag=True, help="Print the answer as JSON.")
+def command(
+    sources: tuple[str, ...],
+    file: str | None,
+    require: int | None,
+    as_json: bool,
+    page_size: int | None,
+    threads: int | None,
+    **options: Any,
+) -> None:
+    """How many VMs fit on a host, from samples of their memory.
+
+    Each SOURCE is a sample of one VM, all of one class: a memory image (`ksm formats` lists which), pid:123 or
+    qemu:NAME. Classes, hosts and mixes are described in a YAML file. Exit code 3: fewer than --require fit.
+    """
+    if file is not None:
+        if sources or options["ram"] is not None:
+            raise click.UsageError("--file and sources exclude each other: the file says it all")
+        classes, hosts, policy = read(file)
+    else:
+        classes, hosts, policy = _from_options(sources, options)
+    with progress("fingerprinting", quiet=as_json) as show:
+        answer = plan(classes, hosts, policy, page_size=page_size, threads=threads, progress=show)
+    if as_json:
+        print_json(answer.to_dict())
+    else:
+        _print(answer)
+        if not require:
+            least = max(1, answer.fits)
+            out().print(f"Next: ksm plan ... --require {least} in CI, which exits 3 when that no longer fits.")
+    if require is not None and answer.fits < require:
+        if not as_json:
+            out().print(f"{require} VMs do not fit: {answer.fits} do.", soft_wrap=True)
+        raise click.exceptions.Exit(DOES_NOT_FIT)
+
+
+def _from_options(sources: Sequence[str], options: Mapping[str, Any]) -> tuple[list[VMClass], list[HostSpec], Policy]:
+    if not sources:
+        raise click.UsageError("samples of VMs are needed, or --file")
+    if options["ram"] is None:
+        raise click.UsageError("the host's memory is needed: --ram 64G")
+    of_host = {name: options[name] for name in ("ram", "reserve", "vm_overhead", "swap", "nodes", "kernel")}
+    of_policy = ("headroom", "broken", "confidence", "ksmd_cpu", "settle", "growth", "zeros")
+    policy = Policy(**{name: options[name] for name in of_policy})
+    return [VMClass("vm", list(sources), ram=options["vm_ram"])], [HostSpec(**of_host)], policy
+
+
+# ---- the YAML file -------------------------------------------------------------------------------------
+
+_READ: Mapping[str, Any] = {
+    **dict.fromkeys(("ram", "reserve", "vm_overhead", "swap"), size),
+    **dict.fromkeys(("share", "headroom", "broken", "confidence", "ksmd_cpu", "growth"), share),
+    "settle": lambda text: duration(None, None, str(text)),
+    "kernel": str,
+}
+
+
+def read(file: str) -> tuple[list[VMClass], list[HostSpec], Policy]:
+    """Classes, hosts and policy from a YAML file; paths of samples are relative to it and may have wildcards.
+
+    Raises:
+        PlanError: the file does not say what a plan needs, or says more.
+        UnsupportedError: PyYAML is not installed.
+
+    >>> _ = Path("plan.yaml").write_text("classes: {web: {samples: [a.raw], ram: 4G}}\\nhosts: [{ram: 64G}]")
+    >>> read("plan.yaml")[0][0].ram >> 30
+    4
+    """
+    try:
+        import yaml
+    except ImportError:
+        raise UnsupportedError("plans in YAML need PyYAML: pip install 'ksm[plan]'") from None
+    try:
+        said = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        where = getattr(error, "problem_mark", None)
+        line = f", line {where.line + 1}" if where is not None else ""
+        raise PlanError(f"{file}{line}: not YAML") from None
+    top = _mapping(file, said, {"classes", "hosts", "policy"})
+    classes = []
+    for name, about in _mapping(file, top.get("classes"), None).items():
+        values = _values(f"{file}: class {name}", about, {"samples", "ram", "share"})
+        samples = values.pop("samples", None)
+        if not isinstance(samples, list) or not all(isinstance(each, str) for each in samples):
+            raise PlanError(f"{file}: class {name}: samples must be a list of paths")
+        classes.append(VMClass(str(name), [one for each in samples for one in _found(file, each)], **values))
+    hosts = top.get("hosts")
+    if not isinstance(hosts, list) or not hosts:
+        raise PlanError(f"{file}: hosts must be a list, such as [{{ram: 64G}}]")
+    specs = []
+    for each in hosts:
+        values = _values(f"{file}: host", each, {field.name for field in fields(HostSpec)})
+        if "ram" not in values:
+            raise PlanError(f"{file}: a host has no ram")
+        specs.append(HostSpec(**values))
+    names = {field.name for field in fields(Policy)}
+    return classes, specs, Policy(**_values(f"{file}: policy", top.get("policy") or {}, names))
+
+
+def _mapping(where: str, said: Any, known: set[str] | None) -> dict[str, Any]:
+    if not isinstance(said, dict) or (not said and known is None):
+        what = "a mapping of " + ", ".join(sorted(known)) if known else "classes: a mapping of names to classes"
+        raise PlanError(f"{where}: there must be {what}")
+    if known is not None and (unknown := [str(key) for key in said if key not in known]):
+        raise PlanError(f"{where}: {unknown[0]} is not known; it can have {', '.join(sorted(known))}")
+    return said
+
+
+def _values(where: str, said: Any, known: set[str]) -> dict[str, Any]:
+    values = {}
+    for key, value in _mapping(where, said, known).items():
+        try:
+            values[key] = _READ[key](value) if key in _READ else value
+        except (PlanError, click.BadParameter) as error:
+            raise PlanError(f"{where}: {key}: {error}") from None
+        whole = key in ("count", "nodes", "max_page_sharing")
+        if whole and (not isinstance(value, int) or isinstance(value, bool)):
+            raise PlanError(f"{where}: {key} is {value!r}; it must be a whole number")
+    return values
+
+
+def _found(file: str, sample: str) -> list[str]:
+    if sample == "self" or sample.startswith(("pid:", "qemu:")):
+        return [sample]
+    path = str(Path(file).parent / sample)
+    return sorted(glob.glob(path)) if glob.has_magic(path) else [path]
+
+
+# ---- for people ----------------------------------------------------------------------------------------
+
+
+def _print(answer: Plan) -> None:
+    console = out()
+    for each in answer.hosts:
+        console.print(table(answer, each))
+        console.print(_tunables(each))
+    for sentence in answer.verdict():
+        console.print(sentence, soft_wrap=True)
+    for line in answer.warnings:
+        console.print(f"Warning: {line}", soft_wrap=True)
+    for line in answer.assumed:
+        console.print(f"Assumed: {line}", soft_wrap=True)
+
+
+def table(answer: Plan, each: HostPlan) -> Table:
+    """The figures of one kind of host.
+
+    >>> answer = plan(VMClass("vm", [b"a" * 4096, b"b" * 4096]), HostSpec(ram=1 << 16))
+    >>> table(answer, answer.hosts[0]).row_count
+    11
+    """
+    fits, policy, numbers = each.fits, answer.policy, each.frames
+    result = Table(box=None, pad_edge=False, header_style="bold")
+    result.add_column(f"{each.host.name}, {binary(each.host.ram)}", no_wrap=True)
+    result.add_column("", justify="right", no_wrap=True)
+
+    def amount(name: str) -> str:
+        value = numbers[name]
+        return "unknown" if value is None else binary(value)
+
+    rows = [
+        ("VMs without KSM", f"{fits.without_ksm:,}"),
+        ("VMs with KSM, on average", "unknown" if fits.mean is None else f"{fits.mean:,}"),
+        (f"VMs with KSM, {policy.confidence:.0%} sure", f"{fits.confident:,}"),
+        (f"  and {policy.broken:.0%} of merged pages may break", f"{fits.broken:,}"),
+        ("  and run=2 is survived", f"{fits.unmerged:,}"),
+        (f"memory of {fits.recommended:,} VMs, unmerged", amount("without")),
+        ("  merged", amount("need")),
+        ("  of that, the kernel's bookkeeping", amount("bookkeeping")),
+    ]
+    for percent in each.settle.cold:
+        more = clock(each.settle.one_more[percent])
+        rows.append(
+            (f"{percent} % merged from cold; of one more VM", f"{clock(each.settle.cold[percent])}; {more}"),
+        )
+    for row in rows:
+        result.add_row(*row)
+    return result
+
+
+def _tunables(each: HostPlan) -> Table:
+    result = Table(box=None, pad_edge=False, header_style="bold")
+    result.add_column("tunable", no_wrap=True)
+    result.add_column("value", justify="right", no_wrap=True)
+    result.add_column("why")
+    for one in each.tunables:
+        result.add_row(one.name, str(one.value), one.why)
+    return result
