@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from ksm.ksmd import CostModel
+from ksm.cost import NEAR_LEVELS, CostModel
 
 Floats = npt.NDArray[np.float64]
 
@@ -80,15 +80,16 @@ class Pace:
         steps = np.diff(load.pages)
         hashing = self._hashing(load)
         first = self.wall(load.pages[-1], hashing)
-        levels = self._levels(load)
         visits = np.maximum(steps, 1e-9)
         found = np.diff(load.sharing)
         new_nodes = np.maximum(np.diff(load.shared), 0.0)
         zero = np.diff(load.zero_merged)
-        stable, unstable = levels
+        stable, unstable = self._searches(
+            (load.shared[1:] + load.shared[:-1]) / 2, (load.unshared[1:] + load.unshared[:-1]) / 2
+        )
         in_unstable = visits - (found - new_nodes)  # neither zero nor found in the stable tree
         searched = (visits - zero + new_nodes) * stable + in_unstable * unstable
-        cpu = visits * hashing + (searched * self.cost.level_ns + found * self.cost.merge_ns) * 1e-9
+        cpu = visits * hashing + searched + found * self.cost.merge_ns * 1e-9
         took = np.array([self.wall(n, c / n) for n, c in zip(visits, cpu, strict=True)])
         seconds = np.concatenate(([0.0], first + np.concatenate(([0.0], np.cumsum(took)))))
         busy = np.concatenate(([0.0], load.pages[-1] * hashing + np.concatenate(([0.0], np.cumsum(cpu)))))
@@ -97,19 +98,22 @@ class Pace:
     def _hashing(self, load: Load) -> float:
         return self.cost.nanoseconds(1, 0, 0, 0, load.page_size) * 1e-9
 
-    @staticmethod
-    def _levels(load: Load) -> tuple[Floats, Floats]:
-        """Levels of a search in the stable and the unstable tree, midway through each step."""
-        stable = (load.shared[1:] + load.shared[:-1]) / 2
-        unstable = (load.unshared[1:] + load.unshared[:-1]) / 2
-        return np.log2(1 + stable), np.log2(1 + unstable)
+    def _searches(self, stable: Floats, unstable: Floats) -> tuple[Floats, Floats]:
+        """CPU seconds of a search in a stable and in an unstable tree of so many nodes."""
+        depth, deeper = (np.log2(np.maximum(nodes, 1.0)) for nodes in (stable, unstable))
+        cost = self.cost
+        in_stable = depth * cost.stable_level_ns + np.maximum(depth - NEAR_LEVELS, 0.0) * cost.deep_ns
+        in_unstable = deeper * cost.level_ns + np.maximum(deeper - NEAR_LEVELS, 0.0) * cost.deep_ns
+        return in_stable * 1e-9, in_unstable * 1e-9
 
     def steady(self, load: Load) -> tuple[float, float]:
         """(seconds, CPU seconds) of a pass once all is settled."""
         merged = float(load.pages[-1] - load.unshared[-1] - load.zero_merged[-1])
-        tried = float(load.unshared[-1]) / (_SMART_VISIT if self.smart_scan else 1)
-        levels = tried * (math.log2(1 + float(load.shared[-1])) + math.log2(1 + tried))
-        cpu = tried * self._hashing(load) + (levels * self.cost.level_ns + merged * self.cost.merged_ns) * 1e-9
+        unshared = float(load.unshared[-1])
+        tried = unshared / (_SMART_VISIT if self.smart_scan else 1)
+        searches = self._searches(load.shared[-1:], np.array([tried]))
+        cpu = tried * (self._hashing(load) + float(searches[0][0] + searches[1][0]))
+        cpu += (merged * self.cost.merged_ns + (unshared - tried) * self.cost.skip_ns) * 1e-9
         visits = merged + tried
         return (self.wall(visits, cpu / visits), cpu) if visits > 0 else (0.0, 0.0)
 

@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import numpy.typing as npt
 
+from ksm.cost import CostModel
 from ksm.errors import PlanError
 from ksm.estimate import Source, snapshots
-from ksm.ksmd import CostModel
 from ksm.plan.contents import Table
 from ksm.plan.growth import Rules, Samples
 from ksm.plan.inputs import HostSpec, Policy, VMClass, shares

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
-from ksm.ksmd import CostModel
+from ksm.cost import CostModel
 from ksm.plan.growth import Rules
 from ksm.plan.inputs import HostSpec, Policy
 from ksm.plan.needs import Needs
