@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -141,6 +142,34 @@ def test_census_with_processes_that_vanish_or_are_hidden(made: MadeUp, monkeypat
     census = Census(made.host)
     assert [p.pid for p in census.poll()] == [102]
     assert census.unreadable == 1
+
+
+@pytest.fixture
+def in_memory() -> Iterator[Path]:
+    """A directory on a file system in memory, where there is one: a disk takes minutes for a hundred thousand files."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as where:
+        yield Path(where)
+
+
+def test_census_of_as_many_processes_as_there_can_be(in_memory: Path) -> None:
+    """32,768 of them: a look after the first takes no longer than the listing and `budget` reads."""
+    made = MadeUp(in_memory)
+    nothing = in_memory / "ksm_stat"
+    nothing.write_text(stat())
+    for pid in set(range(1, 32_769)) - {37, 20_000, 32_000}:
+        os.mkdir(made.proc / str(pid))
+        os.link(nothing, made.proc / str(pid) / "ksm_stat")
+    made.process(20_000, stat())
+    made.process(32_000, stat(10, 5))
+    census = Census(made.host)
+    assert [p.pid for p in census.poll()] == [32_000] and census.total == 32_768
+    made.process(20_000, stat(10, 5))
+    start = time.process_time()
+    looks = 0
+    while [p.pid for p in census.poll()] != [20_000, 32_000]:
+        looks += 1
+    each = (time.process_time() - start) / (looks + 1)
+    assert looks <= 32_768 / (census.budget / 2) and each < 0.2, (looks, each)
 
 
 @pytest.mark.parametrize(("kernel", "files"), [("5.15", 0), ("5.19", 1), ("6.1", 2)])
