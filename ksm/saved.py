@@ -70,7 +70,10 @@ def load(path: str | Path) -> Observation:
     '6.18'
     """
     with open(path, "rb") as file:
-        data = file.read(_LARGEST + 1)
+        try:
+            data = file.read(_LARGEST + 1)
+        except OSError as error:
+            raise SourceError(f"{path}: {error.strerror}") from None
     if len(data) > _LARGEST:
         raise SourceError(f"{path}: larger than {_LARGEST >> 20} MiB, no observation")
     try:

@@ -181,6 +181,9 @@ def test_once_and_json(tmp_path: Path) -> None:
     assert o.seconds >= 0.2 and o.sample.kernel == os.uname().release
     assert json.loads(saved.stdout)["counters"]["pages_shared"] == o.sample.stats.pages_shared
     assert advise(o) is not None
+    pipe = f'"$0" -c "{MAIN}" top --once -d 100ms | head -c 5; echo " ${{PIPESTATUS[0]}}"'
+    broken = subprocess.run(["bash", "-c", pipe, sys.executable], cwd="/", env=environment(), capture_output=True)
+    assert broken.stdout in (b"ksm t 141\n", b"ksm t 0\n") and broken.stderr == b""
     with open("/dev/full", "w") as full:
         failed = subprocess.run(
             [sys.executable, "-c", MAIN, "top", "--json", "-d", "10ms"],

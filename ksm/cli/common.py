@@ -110,13 +110,20 @@ def source_arguments(function: F) -> F:
     )
 
 
+class _Console(Console):
+    """A console that leaves a broken pipe to the command line; rich's own ends the program with exit code 1."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
 def out() -> Console:
     """Where answers for people go; never narrower than a table needs when it is no terminal.
 
     >>> out().file is sys.stdout
     True
     """
-    console = Console(file=sys.stdout, highlight=False, markup=False, emoji=False)
+    console = _Console(file=sys.stdout, highlight=False, markup=False, emoji=False)
     if not console.is_terminal:
         console.width = max(console.width, 120)
     return console
