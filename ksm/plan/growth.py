@@ -5,8 +5,9 @@ different contents among them (`Growth.distinct`: rarefaction up to the number o
 plus the further frames of contents with more copies than one KSM frame may have, plus the frames of zero pages.
 Intervals: each sample is left out in turn (the jackknife of B. Efron and C. Stein, The jackknife estimate of variance,
 Annals of Statistics 9 (1981)); its variance is that of the expectation, and as the VMs to come are draws like the
-samples, T / N of it is added for them; the quantiles are Student's with the degrees of freedom of T - 1, over classes
-by Satterthwaite's rule.
+samples, T / N of it is added for them. The jackknife's factor of (T - 1) / T is left out: with it, intervals from few
+samples were too narrow over draws of real workers (`python -m bench.plan`). The quantiles are Student's with T - 1
+degrees of freedom, over classes by Satterthwaite's rule.
 """
 
 from __future__ import annotations
@@ -113,6 +114,15 @@ class Accumulation:
             sampled = mixture.once(np.full(1, size))
             once[beyond] += self._single[c] * (mixture.once(counts[beyond, c]) - sampled)
         return distinct, np.maximum(once, 0.0)
+
+    def doubt(self, counts: Ints) -> Floats:
+        """How far the straight line of Good and Turing, the most that could come, is above the mixture."""
+        above = np.zeros(len(counts))
+        for c, (size, mixture) in enumerate(zip(self.groups.sizes, self._mixtures, strict=True)):
+            further = np.maximum(counts[:, c] - size, 0)
+            once = float(self.groups.exclusive(c)[0]) if size else 0.0
+            above += np.maximum(once / max(size, 1) * further - mixture.more(further), 0.0)
+        return above
 
 
 class Samples:
@@ -261,7 +271,7 @@ class Growth:
             if size < 2:
                 continue
             mine = replicates[self.table.class_of == c]
-            variance = (size - 1) / size * ((mine - mine.mean(axis=0)) ** 2).sum(axis=0)
+            variance = ((mine - mine.mean(axis=0)) ** 2).sum(axis=0)
             n = counts[:, c]
             variances.append(np.where(n > 0, variance * (1 + size / np.maximum(n, 1)), 0.0))
             freedom.append(size - 1)
@@ -272,6 +282,11 @@ class Growth:
         degrees = np.divide(total**2, shares, out=np.full(len(total), float(max(freedom))), where=shares > 0)
         result: Floats = np.sqrt(total) * np.array([student(quantile, d) for d in degrees])
         return result
+
+    def upward(self, replicates: Floats, counts: Ints, quantile: float) -> Floats:
+        """`spread`, widened for what no sample can show: half the way from the mixture to the straight line."""
+        doubt = sum(self.samples.all.doubt(part) for part in self._nodes(counts))
+        return np.asarray(np.hypot(self.spread(replicates, counts, quantile), np.asarray(doubt) / 2))
 
 
 def student(quantile: float, degrees: float) -> float:

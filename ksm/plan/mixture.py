@@ -69,11 +69,11 @@ class Mixture:
         return result
 
 
-def fit(incidence: Floats, own: float = 1.0) -> Mixture:
+def fit(incidence: Floats) -> Mixture:
     """Maximum likelihood by expectation and maximisation, from Q_1 .. Q_T; O(T) for each of a fixed number of rounds.
 
     Few images leave the measure open; then the start decides: most contents are in every image or in one alone.
-    `own` multiplies the latter at the start.
+    Two images show no more than that, and what one of them has is taken as its own.
 
     >>> fit(np.array([100.0])).own  # one image tells nothing: as if all of it were its own
     100.0
@@ -81,6 +81,8 @@ def fit(incidence: Floats, own: float = 1.0) -> Mixture:
     images = len(incidence)
     if images == 1:
         return Mixture(np.empty(0), np.empty(0), float(incidence[0]), 1)
+    if images == 2:
+        return Mixture(np.ones(1), incidence[1:].astype(np.float64), float(incidence[0]), 2)
     half = np.geomspace(0.5 / images, 0.5, _POINTS)
     p = np.concatenate((half, 1 - half[-2::-1], [1.0]))
     k = np.arange(1, images + 1)
@@ -92,8 +94,7 @@ def fit(incidence: Floats, own: float = 1.0) -> Mixture:
     shape = np.vstack((np.eye(1, images), shape))
     weight = np.full(len(shape), _BETWEEN / len(shape))
     weight[[0, -1]] += (1 - _BETWEEN) / 2
-    weight[0] *= own
-    weight *= incidence.sum() / weight.sum()
+    weight *= incidence.sum()
     for _ in range(_ROUNDS):
         expected = weight @ shape
         weight *= shape @ np.divide(incidence, expected, out=np.zeros(images), where=expected > 0)

@@ -68,7 +68,8 @@ class Needs:
         both = (1 + self.policy.confidence) / 2
         wide = growth.spread(frames_less, counts, both)
         wide_saved = growth.spread(pages_less - frames_less, counts, both)
-        low, high = np.maximum(floor - wide, 0.0), np.minimum(frames + wide, pages)
+        upward = growth.upward(frames_less, counts, both)
+        low, high = np.maximum(floor - wide, 0.0), np.minimum(frames + upward, pages)
         shared = np.maximum(frames - unshared, 0.0)
         kept = (pages - zero_merged) * RMAP_ITEM_BYTES + shared * STABLE_NODE_BYTES
         without = pages * page + fixed
@@ -88,7 +89,7 @@ class Needs:
             need_low=low * page + fixed + kept,
             need_high=high * page + fixed + kept,
             saved=(sharing * page - kept_saved) * unknown,
-            saved_low=(sharing - wide_saved) * page - kept,
+            saved_low=(sharing - np.hypot(wide_saved, growth.upward(0 * frames_less, counts, both))) * page - kept,
             saved_high=np.minimum(pages - floor + wide_saved, pages) * page - kept,
             broken=broken * page + fixed + kept,
             bookkeeping=kept,
@@ -102,7 +103,7 @@ class Needs:
         share = self.policy.broken
         after = np.minimum(frames + share * (pages - unshared), pages)
         less = np.minimum(frames_less + share * (pages_less - unshared), pages_less)
-        margin = self.growth.spread(less, counts, self.policy.confidence)
+        margin = self.growth.upward(less, counts, self.policy.confidence)
         return np.asarray(after + margin)
 
     def confident(self, vms: Ints) -> Floats:
@@ -110,7 +111,7 @@ class Needs:
         counts = self.mix[vms]
         frames, unshared = self.growth.frames(counts)
         less, _ = self.growth.replicates(counts)
-        frames = frames + self.growth.spread(less, counts, self.policy.confidence)
+        frames = frames + self.growth.upward(less, counts, self.policy.confidence)
         pages = self.growth.pages(counts)
         zero_merged = self.growth.zeros(counts) if self.growth.rules.use_zero_pages else 0.0
         kept = (pages - zero_merged) * RMAP_ITEM_BYTES + np.maximum(frames - unshared, 0) * STABLE_NODE_BYTES
