@@ -11,6 +11,9 @@
 8192
 """
 
+import importlib
+from typing import Any
+
 from ksm import linux
 from ksm.constants import (
     MADV_COLD,
@@ -117,9 +120,11 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> str:
+def __getattr__(name: str) -> Any:
     if name == "__version__":
         from importlib.metadata import version  # takes longer than the rest of this package
 
         return version("ksm")
+    if name in ("keyed", "simulation", "sweep", "trace"):  # modules that are imported when they are used
+        return importlib.import_module(f"ksm.{name}")
     raise AttributeError(f"module 'ksm' has no attribute {name!r}")

@@ -180,7 +180,7 @@ def test_parts_are_closed_when_they_are_full(tmp_path: Path, monkeypatch: pytest
 def test_pages_of_many_steps_in_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from ksm.trace import recorder
 
-    monkeypatch.setattr(recorder, "_CHUNK", 7)
+    monkeypatch.setattr(recorder, "CHUNK", 7)
     source = guests(6)
     record(source, tmp_path / "t")
     assert [content(s) for s in Trace(tmp_path / "t").at(0)] == [content(Snapshot.take(i[0])) for i in source.values()]
@@ -220,6 +220,7 @@ def test_a_step_that_was_not_finished_does_not_count(tmp_path: Path) -> None:
     trace = Trace(tmp_path / "t")
     assert [step.number for step in trace.steps][:3] == [0, 1, 3]  # the number is not used again
     assert before == [content(Snapshot.take(images[1])) for images in source.values()]
+    assert not list(tmp_path.rglob("*.tmp"))
     assert len(whole) > 0 and [content(s) for s in trace.at(30)] == [
         content(Snapshot.take(images[3])) for images in source.values()
     ]
@@ -307,6 +308,23 @@ def rewrite(path: Path, **columns: Any) -> None:
 def trace(tmp_path: Path) -> Path:
     record({"vm": [ArrayImage(np.arange(4, dtype=np.uint8)[:, None].repeat(PAGE, axis=1))] * 2}, tmp_path / "t")
     return tmp_path / "t"
+
+
+def test_a_part_that_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(format, "_ADDED", 2)
+    record(guests(5), tmp_path / "t")
+    for kind in ("pages", "steps"):
+        (tmp_path / "t" / kind / "part-00000001.parquet").rename(tmp_path / "away")
+        with pytest.raises(ksm.SourceError, match=r"part-00000001\.parquet is missing"):
+            Trace(tmp_path / "t").at(0)
+        (tmp_path / "away").rename(tmp_path / "t" / kind / "part-00000001.parquet")
+
+
+def test_a_part_of_more_rows_than_any_has(trace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few bytes can stand for billions of equal rows."""
+    monkeypatch.setattr(format, "_MOST_ROWS", 3)
+    with pytest.raises(ksm.SourceError, match="more than 3 rows"):
+        Trace(trace).at(0)
 
 
 PART = "part-00000000.parquet"

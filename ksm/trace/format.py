@@ -18,6 +18,8 @@ FORMAT = 1
 _KEY = b"ksm.trace"
 _PART = re.compile(r"part-\d{8}\.parquet")
 PAGES, STEPS = "pages", "steps"
+CHUNK = 1 << 20  # rows added at a time, at most
+_MOST_ROWS = 1 << 21  # a part has less: a file cannot make its reader take more memory than they need
 _ROWS, _ADDED = 1 << 17, 64  # a part is rewritten at each addition until it has so much in it
 COUNTERS = ("pages_shared", "pages_sharing", "pages_unshared", "pages_volatile", "ksm_zero_pages", "full_scans")
 
@@ -208,6 +210,16 @@ def _array(values: Any, kind: Any, n: int) -> Any:
     return values if isinstance(values, pa.Array) else pa.array(values, kind)
 
 
+def clean(directory: Path) -> None:
+    """Remove what a writer that was killed left half-written.
+
+    >>> clean(Path("/nonexistent"))
+    """
+    for kind in (PAGES, STEPS):
+        for path in (directory / kind).glob(".part-*.tmp"):
+            path.unlink(missing_ok=True)
+
+
 def replace(path: Path, data: memoryview) -> None:
     """Write a file so that there is the old one or the new one at any moment, also after a loss of power.
 
@@ -253,6 +265,19 @@ def parts(directory: Path, kind: str) -> list[Path]:
     return sorted(path for path in (directory / kind).glob("part-*.parquet") if _PART.fullmatch(path.name))
 
 
+def whole(directory: Path, kind: str) -> list[Path]:
+    """The same, and SourceError if one is missing between them.
+
+    >>> whole(Path("/nonexistent"), "pages")
+    []
+    """
+    found = parts(directory, kind)
+    for number, path in enumerate(found):
+        if path.name != f"part-{number:08}.parquet":
+            raise SourceError(f"{directory / kind}: part-{number:08}.parquet is missing, and {path.name} is there")
+    return found
+
+
 def is_trace(where: object) -> bool:
     """Whether a path is that of a trace: a directory with `steps` that has parts.
 
@@ -294,8 +319,13 @@ def read(path: Path, kind: str, expected: Metadata | None = None) -> tuple[Metad
 
 
 def _batches(path: Path, file: Any) -> Iterator[Any]:
+    rows = 0
     with _errors_of(path), file:
-        yield from file.iter_batches(batch_size=_ROWS)
+        for batch in file.iter_batches(batch_size=_ROWS):
+            rows += len(batch)
+            if rows > _MOST_ROWS:
+                raise SourceError(f"{path}: more than {_MOST_ROWS:,} rows, which no part of a trace has")
+            yield batch
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from ksm.errors import SourceError
 from ksm.keyed import Key
 from ksm.pages import Fingerprints
 from ksm.sources.snapshot import Snapshot
-from ksm.trace.format import PAGES, STEPS, is_trace, parts, read
+from ksm.trace.format import PAGES, STEPS, is_trace, parts, read, whole
 from ksm.trace.memory import Flags, Memory, Numbers, Sample
 
 if TYPE_CHECKING:
@@ -158,7 +158,7 @@ class Trace:
         number = -1
         at = 0.0
         seen: list[Change] = []
-        for path in parts(self.path, STEPS):
+        for path in whole(self.path, STEPS):
             for batch in read(path, STEPS, self.metadata)[1]:
                 for row in batch.to_pylist():
                     step, seconds, process = row["step"], row["seconds"], row["process"]
@@ -213,7 +213,7 @@ class Trace:
     def _page_rows(self) -> Iterator[Change]:
         """The rows of `pages`, those of one process at one moment together."""
         last = -1
-        for path in parts(self.path, PAGES):
+        for path in whole(self.path, PAGES):
             held = list(read(path, PAGES, self.metadata)[1])
             for change in _grouped(path, held):
                 if change.step < last:

@@ -23,12 +23,11 @@ from ksm.keyed import Key, keyed
 from ksm.linux import Host
 from ksm.pages import Fingerprints, fingerprint
 from ksm.sources import Image
-from ksm.trace.format import COUNTERS, PAGES, STEPS, Metadata, Writer, arrow, is_trace, parts, read
+from ksm.trace.format import CHUNK, COUNTERS, PAGES, STEPS, Metadata, Writer, arrow, clean, is_trace, parts, read
 from ksm.trace.memory import Flags, Memory, Numbers, Sample
 from ksm.trace.reader import Moment, Trace
 from ksm.trace.watch import Sources, Watch, start_ticks, watches
 
-_CHUNK = 1 << 20  # rows written at a time
 _NAP = 0.5  # the longest sleep before looking whether to stop
 
 
@@ -186,8 +185,8 @@ class _Rows:
         if not self.count:
             return
         whole = {column: np.concatenate(values) for column, values in self.columns.items()}
-        for at in range(0, self.count, _CHUNK):
-            some = {column: values[at : at + _CHUNK] for column, values in whole.items()}
+        for at in range(0, self.count, CHUNK):
+            some = {column: values[at : at + CHUNK] for column, values in whole.items()}
             hidden = ~some.pop("known")
             some["step"] = np.full(len(hidden), step, np.uint32)
             process = pa.DictionaryArray.from_arrays(some.pop("process"), pa.array(self.names, pa.string()))
@@ -273,6 +272,7 @@ class _Recorder:
 
     def _resume(self) -> None:
         """Take up where the trace ends."""
+        clean(self._directory)
         trace = Trace(self._directory)
         old, new = trace.metadata, self._metadata
         for name, what in (
@@ -477,7 +477,7 @@ class _Recorder:
             present=np.concatenate((np.ones(len(renewed), np.bool_), outside))[order],
         )
         self._row_count += len(pages)
-        if self._rows.count > _CHUNK:
+        if self._rows.count > CHUNK:
             self._flush(PAGES)
 
     # ---- files ---------------------------------------------------------------------------------

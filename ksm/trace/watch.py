@@ -5,12 +5,13 @@ from __future__ import annotations
 import fnmatch
 import os
 import re
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TypeAlias
 
 from ksm import sources
-from ksm.errors import SourceError
+from ksm.errors import SourceError, UnsupportedError
 from ksm.linux import Host
 from ksm.sources import Image
 
@@ -21,7 +22,7 @@ Sources: TypeAlias = "Sequence[Watched] | Mapping[str, Sequence[Watched]]"
 class Watch(ABC):
     """One thing to look at, at each step.
 
-    >>> watch("comm:qemu-*").finished
+    >>> watch("guest.raw").finished
     False
     """
 
@@ -68,6 +69,8 @@ class _Many(Watch):
     """All processes of a kind, by pid, whichever there are at a step."""
 
     def __init__(self, pattern: str | None, marked_only: bool) -> None:
+        if sys.platform != "linux":
+            raise UnsupportedError("live processes can be read on Linux only")
         self._pattern = pattern
         self._marked_only = marked_only
         self._host = Host()
@@ -117,7 +120,7 @@ def watch(source: Watched, marked_only: bool = False, page_size: int = 4096) -> 
         marked_only: of processes, only what is marked mergeable at that step.
         page_size: of raw images.
 
-    >>> watch("mergeable").finished
+    >>> watch("pid:123").finished
     False
     """
     if isinstance(source, Image):
@@ -148,7 +151,7 @@ def series(directories: Sequence[str | os.PathLike[str]]) -> dict[str, list[str]
 
     >>> os.mkdir("vm1")
     >>> for name in ("10.raw", "9.raw"):
-    ...     os.mknod(os.path.join("vm1", name))
+    ...     open(os.path.join("vm1", name), "w").close()
     >>> series(["vm1"])
     {'vm1': ['vm1/9.raw', 'vm1/10.raw']}
     """
