@@ -177,6 +177,13 @@ def test_a_sample_takes_as_long_as_the_whole(tmp_path: Path) -> None:
     error = 4 * part.settled_error_bytes
     assert abs(part.samples[-1].saved_bytes - whole.samples[-1].saved_bytes) < error > 0
     assert whole.settled_error_bytes == 0
+    last, other = part.samples[-1], whole.samples[-1]
+    assert last.saved_bytes == last.pages_sharing * PAGE
+    for name in ("pages_shared", "pages_sharing", "pages_scanned", "general_profit", "cow_ksm", "settled_bytes"):
+        assert getattr(last, name) == pytest.approx(getattr(other, name), rel=0.25), name
+    assert last.pages_unshared + last.pages_volatile == pytest.approx(
+        other.pages_unshared + other.pages_volatile, rel=0.25
+    )
 
 
 def test_samples_too_thin(tmp_path: Path) -> None:

@@ -226,6 +226,26 @@ def test_a_step_that_was_not_finished_does_not_count(tmp_path: Path) -> None:
     ]
 
 
+def test_pages_are_on_disk_before_the_step_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where writing fails, after the first step, the step before is the last one."""
+    source = guests(8)
+    replace = format.replace
+
+    def failing(path: Path, data: memoryview) -> None:
+        if path.exists() and path.parent.name == kind:
+            raise OSError(28, "No space left on device")
+        replace(path, data)
+
+    monkeypatch.setattr(format, "replace", failing)
+    for kind in ("pages", "steps"):
+        with pytest.raises(OSError, match="No space"):
+            record(source, tmp_path / kind)
+        trace = Trace(tmp_path / kind)
+        assert len(trace.steps) == 1
+        expected = [content(Snapshot.take(images[0])) for images in source.values()]
+        assert [content(snapshot) for snapshot in trace.at(1e9)] == expected
+
+
 def test_settings_cannot_change_midway(tmp_path: Path) -> None:
     source = guests(9)
     record(source, tmp_path / "t", seconds=0, key=KEY)
