@@ -303,7 +303,7 @@ def read(path: Path, kind: str, expected: Metadata | None = None) -> tuple[Metad
     """
     pa = arrow()
     wanted = schema(kind)
-    with _errors_of(path):
+    with errors_of(path):
         file = pa.parquet.ParquetFile(path)
         found = file.schema_arrow
         if not found.equals(wanted, check_metadata=False):
@@ -320,7 +320,7 @@ def read(path: Path, kind: str, expected: Metadata | None = None) -> tuple[Metad
 
 def _batches(path: Path, file: Any) -> Iterator[Any]:
     rows = 0
-    with _errors_of(path), file:
+    with errors_of(path), file:
         for batch in file.iter_batches(batch_size=_ROWS):
             rows += len(batch)
             if rows > _MOST_ROWS:
@@ -329,15 +329,21 @@ def _batches(path: Path, file: Any) -> Iterator[Any]:
 
 
 @contextlib.contextmanager
-def _errors_of(path: Path) -> Iterator[None]:
-    """Turn what pyarrow says about a file into a SourceError."""
+def errors_of(path: Path) -> Iterator[None]:
+    """Turn what pyarrow says about a file into a SourceError, with the file's name.
+
+    >>> with errors_of(Path("part")):
+    ...     raise ValueError("corrupt")
+    Traceback (most recent call last):
+    ksm.errors.SourceError: part: corrupt
+    """
     try:
         yield
-    except SourceError:
-        raise
+    except SourceError as error:
+        raise error if str(error).startswith(str(path)) else SourceError(f"{path}: {error}") from None
     except OSError as error:
         raise SourceError(f"{path}: {os.strerror(error.errno) if error.errno else _line(error)}") from None
-    except (arrow().ArrowException, ValueError) as error:
+    except (arrow().ArrowException, ValueError, IndexError, OverflowError) as error:
         raise SourceError(f"{path}: {_line(error)}") from None
 
 

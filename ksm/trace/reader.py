@@ -17,7 +17,7 @@ from ksm.errors import SourceError
 from ksm.keyed import Key
 from ksm.pages import Fingerprints
 from ksm.sources.snapshot import Snapshot
-from ksm.trace.format import PAGES, STEPS, is_trace, parts, read, whole
+from ksm.trace.format import PAGES, STEPS, errors_of, is_trace, parts, read, whole
 from ksm.trace.memory import Flags, Memory, Numbers, Sample
 
 if TYPE_CHECKING:
@@ -160,7 +160,9 @@ class Trace:
         seen: list[Change] = []
         for path in whole(self.path, STEPS):
             for batch in read(path, STEPS, self.metadata)[1]:
-                for row in batch.to_pylist():
+                with errors_of(path):  # dictionaries that are too short show when they are used
+                    rows = batch.to_pylist()
+                for row in rows:
                     step, seconds, process = row["step"], row["seconds"], row["process"]
                     if step <= number or not math.isfinite(seconds) or seconds < at:
                         raise SourceError(f"{path}: step {step} at {seconds} s comes after step {number} at {at} s")
@@ -318,9 +320,10 @@ def _grouped(path: Path, batches: list[Any]) -> Iterator[Change]:
     """The rows of one part in groups of equal step, time and process."""
     if not batches:
         return
-    columns = {name: _column(batches, name) for name in ("step", "seconds", "page", "high", "low", "present")}
     names: dict[str, int] = {}
-    process = np.concatenate([_codes(batch.column("process"), names) for batch in batches])
+    with errors_of(path):
+        columns = {name: _column(batches, name) for name in ("step", "seconds", "page", "high", "low", "present")}
+        process = np.concatenate([_codes(batch.column("process"), names) for batch in batches])
     listed = list(names)
     if not np.isfinite(columns["seconds"]).all() or (columns["page"] >= _MOST_PAGE).any():
         raise SourceError(f"{path}: rows without a time, or with page numbers that no process can have")
@@ -365,7 +368,7 @@ def _codes(column: Any, names: dict[str, int]) -> npt.NDArray[np.int64]:
     """A dictionary column as numbers into `names`, which grows."""
     renumbered = np.array([names.setdefault(name, len(names)) for name in column.dictionary.to_pylist()], np.int64)
     indices = column.indices.to_numpy(zero_copy_only=False)
-    if len(indices) and not len(renumbered):
-        raise SourceError("a trace has rows without a process")
+    if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < len(renumbered):
+        raise SourceError("rows of processes that have no name")
     codes: npt.NDArray[np.int64] = renumbered[indices]
     return codes
