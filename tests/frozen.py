@@ -8,20 +8,15 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import json
-import os
-import shutil
 import socket
 import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-CACHE = Path(os.environ.get("KSM_GUEST_CACHE", "~/.cache/ksm-guests")).expanduser()
-TOOLS = ("qemu-system-x86_64", "apt-get", "apt-cache", "dpkg")
-_MODULE = "qemu_fw_cfg.ko"  # tells QEMU where the kernel's vmcoreinfo is, which makedumpfile wants
+from tests.kernel import boot
+
 _BOOT_SECONDS = 120
 
 INIT = """#!/bin/busybox sh
@@ -43,45 +38,22 @@ while true; do $b sleep 0.2; n=$((n+1)); $b dd if=/dev/urandom of=/tmp/more$((n%
 
 def missing() -> str:
     """Why no guest can be run here; empty if one can."""
-    if sys.platform != "linux" or os.uname().machine != "x86_64":
-        return "guests are run on Linux, x86-64"
-    absent = [tool for tool in TOOLS if shutil.which(tool) is None]
-    return f"needs {', '.join(absent)}" if absent else ""
+    return boot.why_not() or ""
 
 
-# ---- kernel and initramfs ------------------------------------------------------------------------------
-
-
-def materials() -> tuple[Path, Path]:
-    """(kernel, initramfs), from Debian's packages, which are unpacked and not installed; kept for the next time."""
-    kernel, initramfs = CACHE / "vmlinuz", CACHE / "initramfs"
-    if kernel.exists() and initramfs.exists() and (CACHE / "init").read_text() == INIT:
-        return kernel, initramfs
-    CACHE.mkdir(parents=True, exist_ok=True)
-    depends = _run("apt-cache", "depends", "linux-image-cloud-amd64")
-    package = next(line.split()[-1] for line in depends.splitlines() if "linux-image-" in line and "Depends:" in line)
-    with tempfile.TemporaryDirectory() as scratch:
-        for name in (package, "busybox-static"):
-            _run("apt-get", "download", "-qq", name, cwd=scratch)
-        for archive in Path(scratch).glob("*.deb"):
-            _run("dpkg", "-x", archive, scratch)
-        busybox = next(Path(scratch).rglob("bin/busybox")).read_bytes()
-        module = next(Path(scratch).rglob(_MODULE)).read_bytes()
-        files = {"init": INIT.encode(), "bin/busybox": busybox, _MODULE: module}
-        _replace(initramfs, _cpio(files))
-        _replace(kernel, next(Path(scratch).rglob("boot/vmlinuz-*")).read_bytes())
-    _replace(CACHE / "init", INIT.encode())
-    return kernel, initramfs
-
-
-def _run(*command: str | Path, cwd: str | None = None) -> str:
-    return subprocess.run(command, cwd=cwd, check=True, capture_output=True, text=True, stdin=subprocess.DEVNULL).stdout
-
-
-def _replace(path: Path, content: bytes) -> None:
-    other = path.with_suffix(f".{os.getpid()}")
-    other.write_bytes(content)
-    other.replace(path)
+def materials(folder: Path) -> tuple[Path, Path]:
+    """(kernel, initramfs): Debian's kernel, and an initramfs that is written to the folder."""
+    # The module tells QEMU where the kernel's vmcoreinfo is, which makedumpfile wants.
+    modules = boot.modules(boot.KERNEL, "qemu_fw_cfg")
+    files = {
+        "init": INIT.encode(),
+        "bin/busybox": boot.busybox().read_bytes(),
+        "qemu_fw_cfg.ko": modules["qemu_fw_cfg"],
+    }
+    initramfs = folder / "initramfs"
+    if not initramfs.exists():
+        initramfs.write_bytes(_cpio(files))
+    return boot.kernel_image(), initramfs
 
 
 def _cpio(files: dict[str, bytes]) -> bytes:
@@ -120,7 +92,7 @@ class Guest:
     ) -> None:
         self.name = name
         self.memory = memory
-        kernel, initramfs = materials()
+        kernel, initramfs = materials(where)
         self._log = where / f"{name}.log"
         qmp = where / f"{name}.qmp"
         command = ["qemu-system-x86_64", "-name", f"guest={name},debug-threads=on", "-accel", "tcg"]

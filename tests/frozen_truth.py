@@ -9,8 +9,8 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from ksm.simulation import load
 from ksm.sources import QemuImage
 from ksm.sources.pagemap import _scan
 from tests.frozen import Guest, booted
-from tests.kernel.host import khugepaged_asleep
+from tests.kernel.host import khugepaged_asleep, require_unused
 
 PAGE = 4096
 HUGE = 512  # pages
@@ -62,6 +62,7 @@ def judged(states: Sequence[Path], folder: Path, huge: bool) -> Outcome:
     host = Host()
     with host.lock(), ExitStack() as stack:
         stack.enter_context(khugepaged_asleep())
+        stack.enter_context(_fresh(host))
         names = [f"ksm-truth-{number}-{os.getpid()}" for number in range(len(states))]
         guests = [
             stack.enter_context(Guest(name, folder, merge=True, state=state, huge=huge))
@@ -102,6 +103,20 @@ def judged(states: Sequence[Path], folder: Path, huge: bool) -> Outcome:
         sum(len(starts) for starts in ranges),
         given_back,
     )
+
+
+@contextmanager
+def _fresh(host: Host) -> Iterator[None]:
+    """ksmd stands still, at the start of a pass, and nobody else's memory is registered."""
+    running = host.ksm.run
+    host.ksm.run = 0
+    try:
+        require_unused()
+        host.ksm.run = 2  # sets the place in the pass back
+        host.ksm.run = 0
+        yield
+    finally:
+        host.ksm.run = running
 
 
 def _ram(name: str) -> list[tuple[int, int]]:

@@ -141,6 +141,13 @@ def elf_with(offset: int, form: str, value: int) -> bytes:
     return bytes(data)
 
 
+def claiming_headers(count: int) -> bytes:
+    data = bytearray(dumps.elf_core(MEMORY, extended=True))
+    (sections,) = struct.unpack_from("<Q", data, 40)
+    struct.pack_into("<I", data, sections + 44, count)
+    return bytes(data)
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [
@@ -152,6 +159,7 @@ def elf_with(offset: int, form: str, value: int) -> bytes:
         (elf_with(32, "<Q", 1 << 40), "offset 0x10000000000: the table of 4 program headers of 224 bytes goes beyond"),
         (elf_with(32, "<Q", (1 << 64) - 8), "offset 0xfffffffffffffff8: the table"),
         (elf_with(56, "<H", 0xFFFF), "offset 0x28: the number of program headers is in section header 0"),
+        (claiming_headers(0xFFFFFFFF), "offset 0x28: 4294967295 program headers; at most 16777216 are read"),
         (elf_with(56, "<H", 0xFFFE), "the table of 65534 program headers"),
         (elf_with(64 + 56 + 8, "<Q", 1 << 62), "offset 0x4000000000000000: the segment of address 0x1000"),
         (elf_with(64 + 56 + 32, "<Q", 1 << 62), "cannot be"),
@@ -385,3 +393,28 @@ def test_memory_does_not_follow_from_what_a_file_claims(write: Callable[..., Pat
         finally:
             os._exit(2)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_sparse_dumps_cost_what_they_hold(tmp_path: Path) -> None:
+    """A TiB in the file, of which some pages are there."""
+    size = 1 << 40
+    page = b"x" * PAGE
+    for name, head in (("elf", dumps.elf_core({0: b""}, physical=False)), ("lime", dumps.lime({0: page})[:32])):
+        data = bytearray(head)
+        if name == "elf":
+            struct.pack_into("<QQ", data, 64 + 56 + 32, size, size)
+        else:
+            struct.pack_into("<Q", data, 16, size - 1)
+        start = len(data)
+        file = tmp_path / name
+        with file.open("wb") as f:
+            f.write(data)
+            f.truncate(start + size)
+            f.seek(start + (size >> 1))
+            f.write(page)
+        with sources.open(file) as image:
+            if image.holes == 0:
+                pytest.skip("this file system has no holes")
+            found = content(image)
+            assert found[size >> 1] == page and len(found) < 10
+            assert image.npages + image.holes == size // PAGE

@@ -26,6 +26,7 @@ _ET_CORE = 4
 _PT_LOAD = 1
 _PN_XNUM = 0xFFFF  # the count is in section 0
 _MOST_HEADERS = 4096  # read at a time
+_MOST = 1 << 24  # in all: far more than a process can have VMAs
 _HIGH = np.uint64(1 << 63)  # the kernel's half, such as [vsyscall]; and "no physical address"
 
 
@@ -81,6 +82,8 @@ def _program_headers(data: Data) -> Iterator[np.ndarray[tuple[int], np.dtype[np.
         if sections < _HEADER.size:
             raise data.error(40, "the number of program headers is in section header 0, and there is none")
         count = _SECTION.unpack(data.read(sections, _SECTION.size, "section header 0"))[7]
+    if count > _MOST:
+        raise data.error(40, f"{count} program headers; at most {_MOST} are read")
     data.need(table, count * size, f"the table of {count} program headers")
     for first in range(0, count, _MOST_HEADERS):
         some = min(_MOST_HEADERS, count - first)

@@ -58,12 +58,11 @@ class FlatData(Data):
             offset, size = _RECORD.unpack(data.read(at, _RECORD.size, "a record's header"))
             if offset == _END:
                 break
-            if offset < 0 or size < 0 or offset + size >= 1 << 62:
+            if offset < 0 or size <= 0 or offset + size >= 1 << 62:
                 raise data.error(at, f"a record of {size} bytes at {offset:#x} cannot be")
             at += _RECORD.size
             data.need(at, size, f"the record of {offset:#x}")
-            if size:
-                records.extend((offset, offset + size, at))
+            records.extend((offset, offset + size, at))
             at += size
         table = np.frombuffer(records, np.int64).reshape(-1, 3) if records else np.empty((0, 3), np.int64)
         table = table[np.argsort(table[:, 0], kind="stable")]

@@ -29,7 +29,7 @@ _DESCRIPTOR = np.dtype([("offset", "<i8"), ("size", "<u4"), ("flags", "<u4"), ("
 _ZLIB, _LZO, _SNAPPY, _ZSTD = 1, 2, 4, 32
 _COMPRESSED = _ZLIB | _LZO | _SNAPPY | _ZSTD
 
-_BITMAP_STEP = 1 << 20
+_BITMAP_STEP = 1 << 16
 _MOST_SEGMENTS = 4096
 
 Descriptors = npt.NDArray[np.void]
