@@ -104,6 +104,16 @@ class UnsupportedError(KsmError):
     exit_code = 69
 
 
+class SchedulerLostError(KsmError):
+    """The Dask scheduler does not answer, or went away before the work was done.
+
+    >>> SchedulerLostError("tcp://10.0.0.1:8786: no scheduler answers").exit_code
+    75
+    """
+
+    exit_code = 75
+
+
 class InvariantError(KsmError):
     """`Machine.check` found a broken invariant; the message names it. A bug in ksm.
 

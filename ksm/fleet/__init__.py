@@ -1,0 +1,25 @@
+"""The fleet: fingerprints of thousands of VMs, what KSM saves among them, and where to place them."""
+
+from ksm.fleet.analysis import Analysis, Sharing
+from ksm.fleet.analyze import analyze
+from ksm.fleet.cluster import Tls, connect, local
+from ksm.fleet.fingerprints import fingerprint_vm
+from ksm.fleet.hosts import Host, read_hosts
+from ksm.fleet.sketch import Bounds
+from ksm.fleet.survey import LeftOut
+from ksm.fleet.vm import Vm
+
+__all__ = [
+    "Analysis",
+    "Bounds",
+    "Host",
+    "LeftOut",
+    "Sharing",
+    "Tls",
+    "Vm",
+    "analyze",
+    "connect",
+    "fingerprint_vm",
+    "local",
+    "read_hosts",
+]

@@ -1,0 +1,246 @@
+"""The two Parquet files of a VM: its contents by prefix, and its sketch. docs/fleet.md describes both.
+
+`NAME.pages.parquet` has a row a content: `high` and `low` (uint64, the fingerprint), `copies` (int32, pages that have it),
+ascending by high, then low, in row groups of 16,384 rows, so that a range of prefixes is read without the rest. Zero pages
+are counted in the metadata alone. `NAME.sketch.parquet` has one row; files of many rows, made of many such, are as good.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import urllib.parse
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ksm.errors import SourceError
+from ksm.fleet.extras import need
+from ksm.fleet.vm import Vm
+
+FORMAT = 1
+PAGES, SKETCH = ".pages.parquet", ".sketch.parquet"
+
+_KEY = b"ksm.fleet"
+_ROWS = 16384
+_MOST_COPIES = (1 << 31) - 1
+
+Words = npt.NDArray[np.uint64]
+Copies = npt.NDArray[np.int64]
+Rows = tuple[Words, Words, Copies]
+
+
+def paths(directory: str | os.PathLike[str], name: str) -> tuple[Path, Path]:
+    """Where the two files of the VM of that name are.
+
+    >>> [path.name for path in paths("fleet", "web/1")]
+    ['web%2F1.pages.parquet', 'web%2F1.sketch.parquet']
+    """
+    stem = urllib.parse.quote(name, safe=" ()+,:=@")
+    return Path(directory, stem + PAGES), Path(directory, stem + SKETCH)
+
+
+def write_pages(path: Path, vm: Vm, words: npt.NDArray[np.uint64], copies: npt.NDArray[np.int64]) -> None:
+    """Write a VM's contents. What is there is whole: the file appears under its name when it is complete.
+
+    Args:
+        path: of the file, which is replaced.
+        vm: the metadata.
+        words: (n, 2) the contents without zero, each once, in any order.
+        copies: (n,) how many pages have them.
+
+    Raises:
+        OSError: it cannot be written.
+
+    >>> write_pages(Path("a.pages.parquet"), Vm(name="a", pages=3, contents=1), np.ones((1, 2), np.uint64),
+    ...             np.array([3]))
+    >>> read_vm("a.pages.parquet").contents
+    1
+    """
+    pa = need("pyarrow")
+    if len(copies) and not 1 <= copies.min() <= copies.max() <= _MOST_COPIES:
+        raise ValueError(f"{vm.name}: copies must be 1 to {_MOST_COPIES}")
+    order = np.lexsort((words[:, 1], words[:, 0]))
+    columns = {
+        "high": np.ascontiguousarray(words[order, 0]),
+        "low": np.ascontiguousarray(words[order, 1]),
+        "copies": copies[order].astype(np.int32),
+    }
+    schema = pa.schema(
+        [pa.field(name, pa.from_numpy_dtype(column.dtype), False) for name, column in columns.items()]
+    ).with_metadata({_KEY: json.dumps({"format": FORMAT, **vm.to_dict()}).encode()})
+    table = pa.Table.from_arrays([pa.array(column) for column in columns.values()], schema=schema)
+    _write(path, table, row_group_size=_ROWS, use_dictionary=["copies"], compression="NONE")
+
+
+def write_sketches(path: Path, vms: Sequence[Vm], sketches: Sequence[bytes]) -> None:
+    """Write the sketches of one VM or of many, a row each.
+
+    >>> from ksm.fleet.sketch import sketch
+    >>> write_sketches(Path("a.sketch.parquet"), [Vm(name="a")], [sketch(np.zeros((0, 2), np.uint64))])
+    >>> [vm.name for vm, _ in read_sketches("a.sketch.parquet")]
+    ['a']
+    """
+    pa = need("pyarrow")
+    rows = [vm.to_dict() | {"tags": json.dumps(dict(vm.tags))} for vm in vms]
+    names = list(Vm(name="x").to_dict())
+    columns = {name: pa.array([row[name] for row in rows]) for name in names}
+    columns["sketch"] = pa.array(list(sketches), pa.binary())
+    table = pa.table(columns).replace_schema_metadata({_KEY: json.dumps({"format": FORMAT}).encode()})
+    _write(path, table, compression="NONE")
+
+
+def _write(path: Path, table: Any, **options: Any) -> None:
+    parquet = need("pyarrow.parquet")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        parquet.write_table(table, temporary, write_page_checksum=True, **options)
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise _unwritten(path, error) from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def _unwritten(path: Path, error: OSError) -> OSError:
+    """pyarrow's errors have no file name, and their text is long."""
+    if error.errno is None:
+        return OSError(f"{path}: cannot be written: {str(error).splitlines()[0]}")
+    return type(error)(error.errno, os.strerror(error.errno), str(path))
+
+
+@contextlib.contextmanager
+def _reading(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Whatever a damaged file makes pyarrow raise is a `SourceError` that names the file."""
+    pa = need("pyarrow")
+    where = os.fspath(path)
+    try:
+        yield
+    except SourceError as error:
+        text = str(error)
+        raise error if text.startswith(where) else SourceError(f"{where}: {text}") from None
+    except OSError as error:
+        if error.errno is not None:
+            raise SourceError(f"{where}: {os.strerror(error.errno)}") from None
+        raise SourceError(f"{where}: damaged: {str(error).splitlines()[0]}") from None
+    except (pa.ArrowException, ValueError, KeyError, TypeError, OverflowError) as error:
+        raise SourceError(f"{where}: damaged, or no file of ksm: {str(error).splitlines()[0]}") from None
+
+
+def _about(metadata: Any) -> dict[str, Any]:
+    text = (metadata or {}).get(_KEY)
+    if text is None:
+        raise SourceError("a Parquet file, but not one of `ksm fingerprint`")
+    about = json.loads(text)
+    if not isinstance(about, dict) or about.get("format") != FORMAT:
+        version = about.get("format") if isinstance(about, dict) else None
+        raise SourceError(f"format {version!r} of `ksm fingerprint`; this version of ksm reads format {FORMAT}")
+    return about
+
+
+def read_vm(path: str | os.PathLike[str]) -> Vm:
+    """The metadata of a VM's file of contents.
+
+    Raises:
+        SourceError: it cannot be read, is damaged, no such file, or of a format that this version does not know.
+
+    >>> read_vm("nothing.pages.parquet")
+    Traceback (most recent call last):
+    ksm.errors.SourceError: nothing.pages.parquet: No such file or directory
+    """
+    parquet = need("pyarrow.parquet")
+    with _reading(path), parquet.ParquetFile(path) as file:
+        vm = Vm.from_dict(_about(file.schema_arrow.metadata))
+        if file.schema_arrow.names != ["high", "low", "copies"]:
+            raise SourceError(f"its columns are {', '.join(file.schema_arrow.names)}, not high, low, copies")
+        if file.metadata.num_rows != vm.contents:
+            raise SourceError(f"damaged: {file.metadata.num_rows} rows, its metadata says {vm.contents}")
+        return vm
+
+
+def read_range(path: str | os.PathLike[str], first: int = 0, last: int = (1 << 64) - 1) -> Rows:
+    """The contents of a file whose high word is `first` to `last`, both included: high, low, copies.
+
+    Raises:
+        SourceError: as `read_vm`; checksums that do not match; contents out of order.
+
+    >>> write_pages(Path("b.pages.parquet"), Vm(name="b", pages=3, contents=2),
+    ...             np.array([[1, 1], [5, 5]], np.uint64), np.array([1, 2]))
+    >>> read_range("b.pages.parquet", 2, 9)[2].tolist()
+    [2]
+    """
+    parquet = need("pyarrow.parquet")
+    with _reading(path), parquet.ParquetFile(path, page_checksum_verification=True) as file:
+        about = file.metadata
+        wanted = []
+        for index in range(about.num_row_groups):
+            statistics = about.row_group(index).column(0).statistics
+            if statistics is None or not statistics.has_min_max:
+                wanted.append(index)
+            elif statistics.min <= last and statistics.max >= first:
+                wanted.append(index)
+        table = file.read_row_groups(wanted, columns=["high", "low", "copies"], use_threads=False)
+        high, low, copies = (np.asarray(table.column(name)) for name in ("high", "low", "copies"))
+    if high.dtype != np.uint64 or low.dtype != np.uint64 or copies.dtype != np.int32:
+        raise SourceError(f"{os.fspath(path)}: damaged, or no file of ksm: {high.dtype}, {low.dtype}, {copies.dtype}")
+    if len(high) and ((high[1:] < high[:-1]) | ((high[1:] == high[:-1]) & (low[1:] <= low[:-1]))).any():
+        raise SourceError(f"{os.fspath(path)}: damaged: its contents are not in order")
+    if len(copies) and copies.min() < 1:
+        raise SourceError(f"{os.fspath(path)}: damaged: a content that no page has")
+    start, end = np.searchsorted(high, np.array([first, last], np.uint64), side="left")
+    end += np.searchsorted(high[end:], np.uint64(last), side="right")
+    return high[start:end], low[start:end], copies[start:end].astype(np.int64)
+
+
+def read_sketches(path: str | os.PathLike[str]) -> Iterator[tuple[Vm, bytes]]:
+    """The VMs of a file of sketches, one after the other.
+
+    Raises:
+        SourceError: as `read_vm`.
+
+    >>> next(read_sketches("nothing.sketch.parquet"))
+    Traceback (most recent call last):
+    ksm.errors.SourceError: nothing.sketch.parquet: No such file or directory
+    """
+    parquet = need("pyarrow.parquet")
+    with _reading(path), parquet.ParquetFile(path, page_checksum_verification=True) as file:
+        _about(file.schema_arrow.metadata)
+        if "sketch" not in file.schema_arrow.names:
+            raise SourceError("it has no column `sketch`")
+        for batch in file.iter_batches(1024):
+            for row in batch.to_pylist():
+                data = row.pop("sketch")
+                if not isinstance(data, bytes):
+                    raise SourceError("a row without a sketch")
+                yield Vm.from_dict(row), data
+
+
+def find(given: Sequence[str | os.PathLike[str]], ending: str) -> list[str]:
+    """The files with that ending in directories, and files as they are given; sorted, each once.
+
+    Raises:
+        SourceError: a directory without such files, or that cannot be read.
+
+    >>> find(["x.pages.parquet", "x.pages.parquet"], PAGES)
+    ['x.pages.parquet']
+    """
+    found: list[str] = []
+    for where in map(os.fspath, given):
+        if not os.path.isdir(where):
+            found.append(where)
+            continue
+        try:
+            names = [name for name in os.listdir(where) if name.endswith(ending) and not name.startswith(".")]
+        except OSError as error:
+            raise SourceError(f"{where}: {error.strerror}") from None
+        if not names:
+            raise SourceError(f"{where}: no files *{ending} in this directory")
+        found += [os.path.join(where, name) for name in names]
+    return sorted(set(found))
