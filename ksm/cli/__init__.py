@@ -28,7 +28,7 @@ _COMMANDS: Mapping[str, str] = MappingProxyType(
         "export": "KSM as Prometheus metrics over HTTP.",
         "man": "Write the manual pages of all commands.",
         "fingerprint": "Write the files of VMs that `ksm fleet` works on.",
-        "fleet": "Sharing across thousands of VMs: analyze, place.",
+        "fleet": "Sharing across thousands of VMs.",
         "record": "Record what memory holds over time, to replay it under any tunables.",
         "formats": "The memory images and other sources that are understood.",
         "info": "What a memory image is, and what is in it.",

@@ -47,7 +47,9 @@ def _tags(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -
     show_default=True,
     help="What all-zero pages of a dump are: pages that merge, or memory never touched.",
 )
-@click.option("--lg-k", type=click.IntRange(5, 21), default=12, show_default=True, help="Sketches keep 2^this contents.")
+@click.option(
+    "--lg-k", type=click.IntRange(5, 21), default=12, show_default=True, help="Sketches keep 2^this contents."
+)
 @click.option("--marked-only", is_flag=True, help="Of processes, only what is marked mergeable now.")
 @click.option("--page-size", type=int, default=4096, show_default=True, help="Of raw images.")
 @click.option("--threads", type=click.IntRange(1), default=None, help="That hash.  [default: all CPUs]")
@@ -57,8 +59,8 @@ def _tags(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -
 def command(sources: tuple[str, ...], output: str, as_json: bool, **options: Any) -> None:
     """Write the fingerprints and the sketch of VMs: NAME.pages.parquet and NAME.sketch.parquet in DIR.
 
-    A SOURCE is what `ksm estimate` takes. With --scheduler, paths are those of the workers: whoever has the image reads it
-    and writes DIR there.
+    A SOURCE is what `ksm estimate` takes. With --scheduler, paths are those of the workers: whoever has the
+    image reads it and writes DIR there.
     """
     how: dict[str, Any] = {name: options.pop(name) for name in ("lg_k", "marked_only", "threads", "force")}
     key_file = options.pop("key_file")

@@ -3,6 +3,7 @@
 from ksm.fleet.analysis import Analysis, Sharing
 from ksm.fleet.analyze import analyze
 from ksm.fleet.cluster import Tls, connect, local
+from ksm.fleet.collections import content_totals, contents
 from ksm.fleet.fingerprints import fingerprint_vm
 from ksm.fleet.hosts import Host, read_hosts
 from ksm.fleet.sketch import Bounds
@@ -19,6 +20,8 @@ __all__ = [
     "Vm",
     "analyze",
     "connect",
+    "content_totals",
+    "contents",
     "fingerprint_vm",
     "local",
     "read_hosts",

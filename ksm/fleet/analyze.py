@@ -12,6 +12,7 @@ import numpy as np
 from ksm.errors import SchedulerLostError, SourceError
 from ksm.fleet import cluster, runner, survey
 from ksm.fleet.analysis import Analysis, Sharing
+from ksm.fleet.extras import need
 from ksm.fleet.hosts import Host, hosts_of
 from ksm.fleet.known import CATEGORIES, ZERO, Known
 from ksm.fleet.survey import Entry, LeftOut
@@ -136,7 +137,8 @@ def _count(
     rows = sum(vm.contents for vm in vms)
     workers = 1 if client is None else max(len(client.nthreads()), 1)
     parts = work.ranges(ranges or max(-(-rows // ROWS_AT_A_TIME), 1 if client is None else 2 * workers))
-    total, errors, done = nothing(where), {}, 0
+    total, done = nothing(where), 0
+    errors: runner.Errors = {}
     counting: Iterator[runner.Counted] = runner.here(work, parts) if client is None else runner.on(client, work, parts)
     cut = ""
     try:
@@ -176,9 +178,7 @@ def _layout(vms: Sequence[Vm], hosts: dict[str, Host], one: Host, known: Known) 
 def _numbered(frames: tuple[Any, ...], number: dict[str, int]) -> tuple[Any, ...]:
     if not frames:
         return ()
-    from dask import delayed
-
-    give = delayed(_with_numbers, pure=False)
+    give = need("dask").delayed(_with_numbers, pure=False)
     return tuple(give(frame, number) for frame in frames)
 
 
@@ -223,7 +223,12 @@ def _answer(
     for index, (name, _) in enumerate(where.groups):
         here = where.group == index
         part = _sharing(
-            name, size, int(here.sum()), total.groups[index], apart.groups[index], int(zeros_alone[here & given_back].sum())
+            name,
+            size,
+            int(here.sum()),
+            total.groups[index],
+            apart.groups[index],
+            int(zeros_alone[here & given_back].sum()),
         )
         rows[name] = _add(rows[name], part)
     fleet = Sharing(name="fleet", page_size=size)
@@ -284,8 +289,9 @@ def _add(one: Sharing, other: Sharing) -> Sharing:
 
 def _vm_row(vm: Vm, figures: Ints) -> dict[str, Any]:
     about = {"name": vm.name, "class": vm.kind, "host": vm.host, "node": vm.node}
-    row = about | dict(zip(VM_FIGURES, figures.tolist(), strict=True))
-    return row | {"pages": row["pages"] + vm.zero_pages, "zero_pages": vm.zero_pages}
+    counted = dict(zip(VM_FIGURES, figures.tolist(), strict=True))
+    counted["pages"] += vm.zero_pages
+    return about | counted | {"zero_pages": vm.zero_pages}
 
 
 def _pairs(names: Sequence[str], matrix: Ints, size: int) -> tuple[dict[str, Any], ...]:
@@ -304,10 +310,10 @@ def _top(known: Known, total: Tally, zeros: Ints, where: Layout, size: int) -> t
         content = {"content": f"{high:016x}{low:016x}", "category": category, "what": what}
         rows.append(content | dict(zip(names, (copies, vms, kinds, hosts), strict=True)))
     if zeros.any():
-        high, low = zero_words(size)
+        high, low = map(int, zero_words(size))
         having = np.flatnonzero(zeros)
         numbers = (int(zeros.sum()), len(having), len(set(where.kind[having])), len(set(where.host[having])))
-        content = {"content": f"{int(high):016x}{int(low):016x}", "category": ZERO, "what": "zero pages"}
+        content = {"content": f"{high:016x}{low:016x}", "category": ZERO, "what": "zero pages"}
         rows.append(content | dict(zip(names, numbers, strict=True)))
     return tuple(sorted(rows, key=lambda row: (-row["copies"], row["content"])))
 

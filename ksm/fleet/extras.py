@@ -1,4 +1,4 @@
-"""The packages that the fleet needs beyond numpy: imported when they are needed, with an error that says how to get them."""
+"""The packages that the fleet needs beyond numpy: imported when needed, or an error that says how to get them."""
 
 from __future__ import annotations
 

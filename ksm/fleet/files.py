@@ -1,8 +1,8 @@
 """The two Parquet files of a VM: its contents by prefix, and its sketch. docs/fleet.md describes both.
 
-`NAME.pages.parquet` has a row a content: `high` and `low` (uint64, the fingerprint), `copies` (int32, pages that have it),
-ascending by high, then low, in row groups of 16,384 rows, so that a range of prefixes is read without the rest. Zero pages
-are counted in the metadata alone. `NAME.sketch.parquet` has one row; files of many rows, made of many such, are as good.
+`NAME.pages.parquet` has a row a content: `high` and `low` (uint64, the fingerprint), `copies` (int32, pages that
+have it), ascending by high, then low, in row groups of 16,384 rows, so that a range of prefixes is read without the
+rest. Zero pages are counted in the metadata alone. `NAME.sketch.parquet` has one row; files of many rows are as good.
 """
 
 from __future__ import annotations
@@ -182,9 +182,7 @@ def read_range(path: str | os.PathLike[str], first: int = 0, last: int = (1 << 6
         wanted = []
         for index in range(about.num_row_groups):
             statistics = about.row_group(index).column(0).statistics
-            if statistics is None or not statistics.has_min_max:
-                wanted.append(index)
-            elif statistics.min <= last and statistics.max >= first:
+            if statistics is None or not statistics.has_min_max or (statistics.min <= last and statistics.max >= first):
                 wanted.append(index)
         table = file.read_row_groups(wanted, columns=["high", "low", "copies"], use_threads=False)
         high, low, copies = (np.asarray(table.column(name)) for name in ("high", "low", "copies"))
@@ -232,7 +230,7 @@ def find(given: Sequence[str | os.PathLike[str]], ending: str) -> list[str]:
     ['x.pages.parquet']
     """
     found: list[str] = []
-    for where in map(os.fspath, given):
+    for where in [os.fspath(path) for path in given]:
         if not os.path.isdir(where):
             found.append(where)
             continue

@@ -19,7 +19,12 @@ CATEGORIES = (OTHER, FILLED, FILES)
 
 # What the bytes mean: Linux, include/uapi and Documentation/mm/slab.rst (slab poisoning, page_poison=1)
 _FILLS = MappingProxyType(
-    {0xAA: "page poison of Linux", 0x6B: "freed slab poison of Linux", 0x5A: "unused slab poison of Linux", 0xFF: "all ones"}
+    {
+        0xAA: "page poison of Linux",
+        0x6B: "freed slab poison of Linux",
+        0x5A: "unused slab poison of Linux",
+        0xFF: "all ones",
+    }
 )
 _MOST_FILE = 1 << 32  # bytes of one file
 
@@ -59,7 +64,9 @@ class Known:
         """
         fills = np.repeat(np.arange(1, 256, dtype=np.uint8), page_size).reshape(255, page_size)
         parts = [fingerprint(fills).words]
-        names = [f"0x{byte:02x} in every byte" + (f" ({_FILLS[byte]})" if byte in _FILLS else "") for byte in range(1, 256)]
+        names = [
+            f"0x{byte:02x} in every byte" + (f" ({_FILLS[byte]})" if byte in _FILLS else "") for byte in range(1, 256)
+        ]
         category = [CATEGORIES.index(FILLED)] * 255
         for path in files:
             words = _pages_of(path, page_size)
@@ -71,7 +78,9 @@ class Known:
         words = (prints if key is None else keyed(prints, key, page_size)).words
         _, first = np.unique(words[:, 0], return_index=True)
         first = first[~zero[first]]
-        return cls(words[first, 0], words[first, 1], np.array(category, np.int64)[first], tuple(names[i] for i in first))
+        return cls(
+            words[first, 0], words[first, 1], np.array(category, np.int64)[first], tuple(names[i] for i in first)
+        )
 
     def find(self, high: npt.NDArray[np.uint64], low: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
         """The category of each content, an index into CATEGORIES.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -40,7 +41,7 @@ class Work:
     def ranges(self, number: int) -> list[tuple[int, int]]:
         """That many ranges of high words, first and last."""
         edges = [_WORDS * index // number for index in range(number + 1)]
-        return [(first, last - 1) for first, last in zip(edges, edges[1:], strict=False)]
+        return [(first, last - 1) for first, last in itertools.pairwise(edges)]
 
     def by_place(self) -> dict[tuple[str, ...], list[tuple[int, str]]]:
         """(number, path) of the files by where they can be read."""
@@ -134,12 +135,17 @@ def here(work: Work, ranges: Sequence[tuple[int, int]]) -> Iterator[Counted]:
 def on(client: Any, work: Work, ranges: Sequence[tuple[int, int]]) -> Iterator[Counted]:
     """Count on a cluster, in whatever order ranges are done. Files are read by workers on the hosts that have them.
 
-    Two ranges a worker are under way at a time, so that memory does not grow with the fleet. Work that a dying worker had
-    is done again by others.
+    Two ranges a worker are under way at a time, so that memory does not grow with the fleet. Work that a dying worker
+    had is done again by others.
+
+    >>> list(on(None, Work(None, ()), []))
+    []
 
     Raises:
         SchedulerLostError: it went away. KsmError: workers died over and over, or no worker can read a file any more.
     """
+    if not ranges:
+        return
     distributed = need("distributed")
     submit = _submitter(client, work)
     todo = list(ranges)[::-1]

@@ -1,8 +1,8 @@
 """Theta sketches: a few kilobytes that tell how many contents VMs have, alone and together, and how sure that is.
 
 Apache DataSketches (https://datasketches.apache.org/docs/Theta/ThetaSketches.html) does the work. A sketch is fed the
-high 64 bits of each fingerprint, as unsigned integers, with DataSketches' default seed; zero pages are not in it. It keeps
-the contents whose hash is below a threshold, so the sketches of a fleet sample the same contents.
+high 64 bits of each fingerprint, as integers, with DataSketches' default seed; zero pages are not in it. It keeps the
+contents whose hash is below a threshold, so the sketches of a fleet sample the same contents.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Counting one range of contents over all VMs: sums that add up over ranges, so that nobody needs to hold all of it.
 
-What KSM settles at follows from how often a content stands in one merge group (a host, or one NUMA node of it), whatever the
-order: n copies under a limit of m take n // m shared frames, one more if n % m is at least 2; if n % m is 1 that page stays
-alone. All figures here are integers, so any way to cut and to add gives the same.
+What KSM settles at follows from how often a content stands in one merge group (a host, or one NUMA node of it),
+whatever the order: n copies under a limit of m take n // m shared frames, one more if n % m is at least 2; if n % m is 1
+that page stays alone. All figures here are integers, so any way to cut and to add gives the same.
 """
 
 from __future__ import annotations
@@ -237,11 +237,13 @@ def _sums(values: Ints, starts: npt.NDArray[np.bool_]) -> Ints:
     """The sum of each run."""
     if not len(values):
         return np.zeros(0, np.int64)
-    return np.add.reduceat(values, np.flatnonzero(starts))
+    sums: Ints = np.add.reduceat(values, np.flatnonzero(starts))
+    return sums
 
 
 def _lengths(starts: npt.NDArray[np.bool_]) -> Ints:
-    return np.diff(np.flatnonzero(starts), append=len(starts))
+    lengths: Ints = np.diff(np.flatnonzero(starts), append=len(starts))
+    return lengths
 
 
 def _into(figures: Ints, name: str, at: Ints, values: Ints) -> None:

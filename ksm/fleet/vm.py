@@ -105,7 +105,7 @@ class Vm:
             wanted = _TYPES.get(str(f.type), str)
             if f.name == "tags" and isinstance(value, str):
                 value = json.loads(value)
-            if wanted is int and isinstance(value, bool) or not isinstance(value, wanted):
+            if (wanted is int and isinstance(value, bool)) or not isinstance(value, wanted):
                 raise SourceError(f"{f.name} is {value!r}")
             taken[f.name] = value
         if taken.get("zeros", "touched") not in ("touched", "merge", "absent"):

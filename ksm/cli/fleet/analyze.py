@@ -20,22 +20,25 @@ _ROWS = 20  # of a table on the terminal; the others are in --json and -o
 @click.option("--hosts", "hosts_file", type=click.Path(), help="YAML or JSON: the hosts and their tunables.")
 @click.option("--max-page-sharing", type=click.IntRange(2), default=256, help="Of the one host that would hold all.")
 @click.option("--use-zero-pages", is_flag=True, help="The same, of that host.")
-@click.option("--known", "known_files", multiple=True, type=click.Path(), help="A shared library whose pages are named.")
+@click.option(
+    "--known", "known_files", multiple=True, type=click.Path(), help="A shared library whose pages are named."
+)
 @click.option("--key-file", type=click.Path(), help="What the fleet was fingerprinted with, to name contents.")
 @click.option("--ranges", type=click.IntRange(1), help="Cut the work into so many.  [default: by size]")
 @click.option("--single", is_flag=True, help="This process alone does it, without a cluster.")
 @cluster_options
-@click.option("-o", "--output", type=click.Path(file_okay=False), metavar="DIR", help="Write the tables there: Parquet.")
+@click.option(
+    "-o", "--output", type=click.Path(file_okay=False), metavar="DIR", help="Write the tables there: Parquet."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the answer as JSON.")
 def command(given: tuple[str, ...], hosts_file: str | None, as_json: bool, output: str | None, **options: Any) -> None:
     """What KSM saves in the fleet as it stands, what it would save on one host, and who shares with whom.
 
-    Takes the directories that `ksm fingerprint` wrote, or files of them. Exit code 3: an answer, but something was left out.
+    Takes the directories that `ksm fingerprint` wrote, or files of them. Exit code 3: an answer, but something was
+    left out.
     """
     hosts = read_hosts(hosts_file) if hosts_file else []
-    one = Host(
-        name="one host", max_page_sharing=options["max_page_sharing"], use_zero_pages=options["use_zero_pages"]
-    )
+    one = Host(name="one host", max_page_sharing=options["max_page_sharing"], use_zero_pages=options["use_zero_pages"])
     key = Key.from_file(options["key_file"]) if options["key_file"] else None
     how = {"one_host": one, "known_files": options["known_files"], "key": key, "ranges": options["ranges"]}
     with progress("counting", quiet=as_json) as show:
@@ -141,6 +144,8 @@ def sentences(answer: Analysis) -> list[str]:
             "between classes": total.saved_between_classes,
         }
         said = ", ".join(f"{name} {binary(pages * total.page_size)}" for name, pages in parts.items())
-        limit = f"; max_page_sharing costs {binary(total.lost_to_limit * total.page_size)}" if total.lost_to_limit else ""
+        limit = (
+            f"; max_page_sharing costs {binary(total.lost_to_limit * total.page_size)}" if total.lost_to_limit else ""
+        )
         lines.append(f"Of today's saving: {said}{limit}.")
     return [*lines, *(f"Assumed: {line[0].lower()}{line[1:]}" for line in answer.assumed)]
