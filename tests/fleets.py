@@ -119,7 +119,7 @@ def wait_for_workers(client: Any, number: int, seconds: float = 60) -> None:
 
 @contextlib.contextmanager
 def namespaces(names: list[str]) -> Iterator[dict[str, str]]:
-    """Network namespaces on one bridge, gone afterwards; the address of each. Their interfaces reach only each other."""
+    """Network namespaces on one bridge, gone afterwards; the address of each. They reach only each other."""
     unique = f"{os.getpid() % 100000}"
     bridge = f"kb{unique}"
     made: list[str] = []

@@ -1,4 +1,4 @@
-"""Fingerprint files and the analysis: the same figures from everywhere, equal to the estimate, and no damage unnoticed."""
+"""Fingerprint files and the analysis: equal from everywhere, equal to the estimate, and no damage unnoticed."""
 
 from __future__ import annotations
 
@@ -408,7 +408,7 @@ class connect_when_up:
 
 
 def test_three_hosts_in_network_namespaces(tmp_path: Path) -> None:
-    """Each host has two VMs' files that only it can see; a worker dies half-way, a file is broken, one is there twice."""
+    """Each host has two VMs' files of its own; a worker dies half-way, a file is broken, one is there twice."""
     if why := can_make_namespaces():
         pytest.skip(why)
     everything = tmp_path / "all"

@@ -6,6 +6,8 @@ from ksm.fleet.cluster import Tls, connect, local
 from ksm.fleet.collections import content_totals, contents
 from ksm.fleet.fingerprints import fingerprint_vm
 from ksm.fleet.hosts import Host, read_hosts
+from ksm.fleet.packing import PlacementError
+from ksm.fleet.place import Move, Placement, place, read_fleet
 from ksm.fleet.sketch import Bounds
 from ksm.fleet.survey import LeftOut
 from ksm.fleet.vm import Vm
@@ -15,6 +17,9 @@ __all__ = [
     "Bounds",
     "Host",
     "LeftOut",
+    "Move",
+    "Placement",
+    "PlacementError",
     "Sharing",
     "Tls",
     "Vm",
@@ -24,5 +29,7 @@ __all__ = [
     "contents",
     "fingerprint_vm",
     "local",
+    "place",
+    "read_fleet",
     "read_hosts",
 ]

@@ -153,8 +153,7 @@ def on(client: Any, work: Work, ranges: Sequence[tuple[int, int]]) -> Iterator[C
     running = {submit(*todo.pop()) for _ in range(min(wide, len(todo)))}
     try:
         while running:
-            done = _wait(client, distributed, running)
-            for future in done:
+            for future in _wait(client, distributed, running):
                 running.discard(future)
                 yield _result(client, distributed, future)
                 if todo:
@@ -198,7 +197,8 @@ def _workers(places: tuple[str, ...], addresses: Mapping[str, Sequence[str]]) ->
 def _wait(client: Any, distributed: Any, running: set[Any]) -> set[Any]:
     while True:
         try:
-            return set(distributed.wait(running, timeout=_QUIET_SECONDS, return_when="FIRST_COMPLETED").done)
+            with client.as_current():  # `wait` asks the current client, whoever's the futures are
+                return set(distributed.wait(running, timeout=_QUIET_SECONDS, return_when="FIRST_COMPLETED").done)
         except TimeoutError:
             _alive(client)
             if client.status == "running" and not client.scheduler_info(n_workers=-1)["workers"]:

@@ -1,8 +1,8 @@
 """Counting one range of contents over all VMs: sums that add up over ranges, so that nobody needs to hold all of it.
 
 What KSM settles at follows from how often a content stands in one merge group (a host, or one NUMA node of it),
-whatever the order: n copies under a limit of m take n // m shared frames, one more if n % m is at least 2; if n % m is 1
-that page stays alone. All figures here are integers, so any way to cut and to add gives the same.
+whatever the order: n copies under a limit of m take n // m shared frames, one more if n % m is at least 2; if n % m
+is 1 that page stays alone. All figures here are integers, so any way to cut and to add gives the same.
 """
 
 from __future__ import annotations
@@ -228,7 +228,7 @@ def _starts(high: Words, low: Words) -> npt.NDArray[np.bool_]:
 
 
 def _changes(values: Ints) -> npt.NDArray[np.bool_]:
-    result = np.ones(len(values), np.bool_)
+    result: npt.NDArray[np.bool_] = np.ones(len(values), np.bool_)
     result[1:] = values[1:] != values[:-1]
     return result
 
@@ -263,7 +263,8 @@ def _settle(figures: Ints, group: Ints, n: Ints, limit: Ints) -> Ints:
     _into(figures, "stable_node_chains", group, chained.astype(np.int64))
     _into(figures, "stable_node_dups", group, np.where(chained, frames, 0))
     _into(figures, "lost_to_limit", group, frames + alone - 1)
-    return n - frames - alone
+    saved: Ints = n - frames - alone
+    return saved
 
 
 def _split(figures: Ints, group: Ints, copies: Ints, in_group: npt.NDArray[np.bool_], classes: Ints) -> None:

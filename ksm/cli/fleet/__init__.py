@@ -21,6 +21,7 @@ PARTIAL = 3  # an answer, but not of everything that was given
 _COMMANDS: Mapping[str, str] = MappingProxyType(
     {
         "analyze": "What KSM saves in the fleet as it stands, and what it could.",
+        "place": "Which VMs should live together.",
     }
 )
 
