@@ -133,7 +133,7 @@ def kin(packing: Packing) -> list[int]:
     >>> from ksm.fleet.sample import Sample
     >>> sets = [np.array(part, np.uint64) for part in ([1, 2], [8, 9], [1, 2])]
     >>> kin(Packing([Vm(name=name) for name in "abc"], [], Sample.exact(sets)))
-    [0, 2, 1]
+    [1, 0, 2]
     """
     rows = packing.sample.rows
     size = max((int(row[-1]) + 1 for row in rows if len(row)), default=1)

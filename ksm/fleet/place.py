@@ -156,7 +156,8 @@ def place(
     >>> import numpy as np
     >>> from ksm.fleet.sketch import sketch
     >>> sketches = [sketch(np.array(words, np.uint64)) for words in ([[1, 1], [2, 2]], [[9, 9]], [[1, 1], [2, 2]])]
-    >>> vms = [Vm(name=name, host=host, ram=8192) for name, host in (("a", "x"), ("b", "x"), ("c", "y"))]
+    >>> today = (("a", "x", 2), ("b", "x", 1), ("c", "y", 2))
+    >>> vms = [Vm(name=name, host=host, ram=8192, pages=pages) for name, host, pages in today]
     >>> found = place(vms, sketches, [Host(name=name, ram=16384) for name in "xy"])
     >>> found.where["a"] == found.where["c"], found.saved.estimate
     (True, 8192.0)
