@@ -57,7 +57,7 @@ def main() -> int:
                 for name, pages, writes in (("archive", 20_000, 0), ("scratch", 4000, 400)):
                     line = [sys.executable, "-c", OTHER, name, str(pages), str(writes)]
                     others.append(subprocess.Popen(line, stdout=subprocess.DEVNULL, cwd="/", env=environment))
-                host.ksm.pages_to_scan = arguments.pages_to_scan
+                host.ksm.pages_to_scan, host.ksm.sleep_millisecs = arguments.pages_to_scan, 20
                 host.ksm.run = 1
                 if arguments.command:
                     time.sleep(arguments.settle)

@@ -126,7 +126,7 @@ STATES: list[tuple[str, Observation, str, str, str | None]] = [
     ("volatile", made({"pages_volatile": 100_000, "pages_skipped": 5}), "info", "a page that is skipped counts as",
      "echo 0 > /sys/kernel/mm/ksm/smart_scan"),
     ("chains", made({"stable_node_chains": 1, "stable_node_dups": 11}), "info", "That is little; leave it", None),
-    ("chains", made({"stable_node_chains": 2, "stable_node_dups": 2002}), "hint", "7.8 MiB",
+    ("chains", made({"stable_node_chains": 2, "stable_node_dups": 2002}), "hint", "2,000 KSM pages beyond",
      "echo 4096 > /sys/kernel/mm/ksm/max_page_sharing"),
     ("negative_profit", made({"general_profit": -5000}, processes=(process(9, 100, 0), process(8, 900, 0))), "problem",
      "Most of it by vm8 (pid 8) -56.2 KiB, vm9 (pid 9) -6.2 KiB", "echo 2 > /sys/kernel/mm/ksm/run"),
