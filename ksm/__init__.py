@@ -12,9 +12,10 @@
 """
 
 import importlib
-from typing import Any
+import sys
+from types import MappingProxyType, ModuleType
+from typing import TYPE_CHECKING, Any
 
-from ksm import linux
 from ksm.constants import (
     MADV_COLD,
     MADV_DONTNEED,
@@ -37,30 +38,33 @@ from ksm.constants import (
     PROT_READ,
     PROT_WRITE,
 )
-from ksm.cost import CostModel
-from ksm.errors import (
-    DisagreementError,
-    InvariantError,
-    KernelFileNotFoundError,
-    KernelPermissionError,
-    KsmError,
-    NoPageBytesError,
-    NoSuchProcessError,
-    OutOfMemoryError,
-    PlanError,
-    SourceError,
-    SyscallError,
-    UnsupportedError,
-)
-from ksm.estimate import Estimate, estimate
-from ksm.ksmd import Ksmd
-from ksm.machine import Machine, Process
-from ksm.pages import Fingerprints, fingerprint
-from ksm.plan import HostSpec, Plan, Policy, VMClass, plan
-from ksm.sources import Image, open
-from ksm.stats import Stats
-from ksm.sysfs import Sysfs
-from ksm.vmas import Vma
+
+if TYPE_CHECKING:
+    from ksm import linux
+    from ksm.cost import CostModel
+    from ksm.errors import (
+        DisagreementError,
+        InvariantError,
+        KernelFileNotFoundError,
+        KernelPermissionError,
+        KsmError,
+        NoPageBytesError,
+        NoSuchProcessError,
+        OutOfMemoryError,
+        PlanError,
+        SourceError,
+        SyscallError,
+        UnsupportedError,
+    )
+    from ksm.estimate import Estimate, estimate
+    from ksm.ksmd import Ksmd
+    from ksm.machine import Machine, Process
+    from ksm.pages import Fingerprints, fingerprint
+    from ksm.plan import HostSpec, Plan, Policy, VMClass, plan
+    from ksm.sources import Image, open
+    from ksm.stats import Stats
+    from ksm.sysfs import Sysfs
+    from ksm.vmas import Vma
 
 __version__: str
 
@@ -111,7 +115,6 @@ __all__ = [
     "UnsupportedError",
     "VMClass",
     "Vma",
-    "__version__",
     "estimate",
     "fingerprint",
     "linux",
@@ -120,11 +123,68 @@ __all__ = [
 ]
 
 
+# What is imported when it is asked for: `import ksm` costs next to nothing, and numpy comes with the first use.
+_HOMES = MappingProxyType(
+    {
+        "CostModel": "ksm.cost",
+        "DisagreementError": "ksm.errors",
+        "InvariantError": "ksm.errors",
+        "KernelFileNotFoundError": "ksm.errors",
+        "KernelPermissionError": "ksm.errors",
+        "KsmError": "ksm.errors",
+        "NoPageBytesError": "ksm.errors",
+        "NoSuchProcessError": "ksm.errors",
+        "OutOfMemoryError": "ksm.errors",
+        "PlanError": "ksm.errors",
+        "SourceError": "ksm.errors",
+        "SyscallError": "ksm.errors",
+        "UnsupportedError": "ksm.errors",
+        "Estimate": "ksm.estimate",
+        "estimate": "ksm.estimate",
+        "Ksmd": "ksm.ksmd",
+        "Machine": "ksm.machine",
+        "Process": "ksm.machine",
+        "Fingerprints": "ksm.pages",
+        "fingerprint": "ksm.pages",
+        "HostSpec": "ksm.plan",
+        "Plan": "ksm.plan",
+        "Policy": "ksm.plan",
+        "VMClass": "ksm.plan",
+        "plan": "ksm.plan",
+        "Image": "ksm.sources",
+        "open": "ksm.sources",
+        "Stats": "ksm.stats",
+        "Sysfs": "ksm.sysfs",
+        "Vma": "ksm.vmas",
+    }
+)
+_MODULES = ("keyed", "linux", "simulation", "sweep", "trace")
+
+
+class _Package(ModuleType):
+    """A function keeps its name, also when the submodule of the same name is imported."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not (name in _HOMES and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
+
+
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        from importlib.metadata import version  # takes longer than the rest of this package
+        from importlib.metadata import version
 
         return version("ksm")
-    if name in ("keyed", "simulation", "sweep", "trace"):  # modules that are imported when they are used
+    if name in _MODULES:
         return importlib.import_module(f"ksm.{name}")
+    if name in _HOMES:
+        value = getattr(importlib.import_module(_HOMES[name]), name)
+        globals()[name] = value
+        return value
     raise AttributeError(f"module 'ksm' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
