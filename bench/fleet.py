@@ -67,9 +67,8 @@ def main() -> int:
     parser.add_argument("--directory")
     parser.add_argument("--skip-place", action="store_true")
     how = parser.parse_args()
-    print(
-        f"{'VMs':>7} {'pages':>13} {'generated':>10} {'analysed':>10} {'saved':>7} {'placed':>10} {'saved':>7} {'peak':>10}"
-    )
+    headings = {"VMs": 7, "pages": 13, "generated": 10, "analysed": 10, "saved": 7, "placed": 10, "then": 7, "peak": 10}
+    print(*(f"{name:>{width}}" for name, width in headings.items()))
     for vms in how.vms:
         with tempfile.TemporaryDirectory(dir=how.directory) as name:
             times = [time.perf_counter()]
@@ -80,7 +79,8 @@ def main() -> int:
             times.append(time.perf_counter())
             total = found.total
             line = f"{vms:7,} {total.pages:13,} {times[1] - times[0]:8.1f} s {times[2] - times[1]:8.1f} s "
-            line += f"{100 * (total.saved_bytes / 4096 - total.saved_zero) / total.pages:5.1f} % "
+            now = 100 * (total.saved_bytes / 4096 - total.saved_zero) / total.pages
+            line += f"{now:5.1f} % "
             if not how.skip_place:
                 count = -(-vms // how.hosts_of)
                 hosts = [Host(name=f"h{i + 1}", ram=(how.hosts_of + 1) * how.pages * 4096) for i in range(count)]
