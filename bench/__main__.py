@@ -60,7 +60,13 @@ class Plan:
 @click.option("--quick", is_flag=True, help="A few seconds on 16 MiB: shows the shape, its figures mean nothing.")
 @click.option("--json", "json_file", metavar="FILE", help="Write all of it as JSON.")
 @click.option("--picture", "picture_file", metavar="FILE", help="Draw it, as .svg or .png.")
-@click.option("--load", "load_file", metavar="FILE", help="Show what --json wrote, measuring nothing.")
+@click.option(
+    "--load",
+    "load_file",
+    type=click.Path(exists=True, dir_okay=False),
+    metavar="FILE",
+    help="Show what --json wrote, measuring nothing.",
+)
 @click.option("--update", "documents", multiple=True, metavar="FILE", help="Put the tables between its markers.")
 @click.option("--directory", help="Where the file for `ksm estimate` is written.  [default: the temporary directory]")
 @click.option("--check", is_flag=True, help="Exit with 1 if a goal is missed.")
@@ -87,14 +93,11 @@ def command(
         unknown = sorted(set(only) - {*plan.parts, "contest"})
         if unknown:
             raise click.UsageError(f"there is no part named {unknown[0]}; there are {', '.join(plan.parts)}, contest")
-        machine, rows, costs = measured(plan, only)
+        machine, rows, costs = measured(plan, only, json_file)
     console = Console(highlight=False, markup=False, emoji=False)
     if not console.is_terminal:
         console.width = 160
     show.text(console, machine, rows, costs)
-    if json_file is not None:
-        answer = {"machine": machine, "rows": [r.to_dict() for r in rows], "contest": [c.to_dict() for c in costs]}
-        Path(json_file).write_text(json.dumps(answer, indent=1) + "\n")
     if picture_file is not None:
         show.picture(rows, costs).save(picture_file, scale_factor=2)
     for document in documents:
@@ -103,18 +106,27 @@ def command(
         sys.exit(1)
 
 
-def measured(plan: Plan, only: Sequence[str]) -> tuple[dict[str, Any], list[Row], list[Cost]]:
-    """Measure the parts that are wanted, telling on stderr which one is under way."""
+def measured(plan: Plan, only: Sequence[str], json_file: str | None) -> tuple[dict[str, Any], list[Row], list[Cost]]:
+    """Measure the parts that are wanted, telling on stderr which one is under way; each is kept once it is there."""
     machine = description()
     rows: list[Row] = []
+    costs: list[Cost] = []
+
+    def keep() -> None:
+        if json_file is not None:
+            answer = {"machine": machine, "rows": [r.to_dict() for r in rows], "contest": [c.to_dict() for c in costs]}
+            Path(json_file).write_text(json.dumps(answer, indent=1) + "\n")
+
     for name, part in plan.parts.items():
         if not only or name in only:
             print(f"measuring: {name} ...", file=sys.stderr, flush=True)
             rows += part()
-    costs: list[Cost] = []
+            keep()
     if not only or "contest" in only:
         print("measuring: contest ...", file=sys.stderr, flush=True)
-        costs = contest.contest(plan.sizes, plan.rounds)
+        for size in plan.sizes:
+            costs += contest.contest([size], plan.rounds)
+            keep()
     return machine, rows, costs
 
 
