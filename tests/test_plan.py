@@ -24,7 +24,8 @@ GIB = 1 << 30
 
 def image(*values: int) -> ksm.Fingerprints:
     """A page for each value: equal values are equal pages; 0 is the zero page."""
-    words = np.array([[7, value] for value in values], np.uint64).reshape(-1, 2)
+    factors = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F], np.uint64)  # spread over all bits, as a hash is
+    words = np.array(values, np.uint64).reshape(-1, 1) * factors
     words[words[:, 1] == 0] = ksm.fingerprint(bytes(PAGE)).words[0]
     return ksm.Fingerprints(words)
 
@@ -111,3 +112,26 @@ def test_samples_of_different_page_sizes() -> None:
     large: npt.NDArray[np.uint8] = np.zeros((1, 16384), np.uint8)
     with pytest.raises(ValueError, match="page sizes differ"):
         ksm.plan(vm(samples=[large, np.zeros((1, PAGE), np.uint8)]), HostSpec(ram=GIB))
+
+
+@pytest.mark.parametrize("kernel", ["6.1", "6.18"])
+def test_the_time_to_merge_is_what_the_simulation_takes(kernel: str) -> None:
+    vms = [image(*range(2000), *range(10_000 * n, 10_000 * n + 1000), *[0] * 200) for n in range(1, 5)]
+    host = HostSpec(ram=100_000 * PAGE, kernel=kernel)
+    answer = ksm.plan(VMClass("web", vms), host, Policy(headroom=0, settle=60)).hosts[0]
+    assert answer.check is not None
+    for closed, simulated in (answer.check.seconds_50, answer.check.seconds_90, answer.check.seconds_99):
+        assert closed == pytest.approx(simulated, rel=0.1)
+    assert answer.check.pages_sharing[1] == pytest.approx(answer.check.pages_sharing[0], rel=0.01)
+    assert answer.check.cpu_seconds[0] == pytest.approx(
+        answer.check.cpu_seconds[1], rel=0.3
+    )  # it charges zero pages as merges
+    assert answer.settle.cold[99] <= 60 and answer.timelines[-1].label == "simulated"
+
+
+def test_a_tight_cpu_budget_is_kept_and_said() -> None:
+    vms = [image(*range(2000), *range(10_000 * n, 10_000 * n + 1000)) for n in range(1, 5)]
+    policy = Policy(headroom=0, settle=0.5, ksmd_cpu=0.05)
+    answer = ksm.plan(VMClass("web", vms), HostSpec(ram=100_000 * PAGE), policy, simulate=False).hosts[0]
+    assert answer.settle.cpu_cold <= 0.05 and answer.settle.cold[99] > 0.5
+    assert "not enough" in answer.tunables[0].why

@@ -8,14 +8,15 @@ import numpy as np
 import pytest
 
 import ksm
-from bench.plan import Case, read_workers, run
 from ksm.plan.mixture import fit
 from ksm.sources import Snapshot
+
+plan = pytest.importorskip("bench.plan", reason="an installed package is tested, without bench/")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the pages of live processes are read on Linux only")
 def test_real_workers() -> None:
-    found = run(Case("mixed", (3, 3), (3, 3)), read_workers(12), draws=20)
+    found = plan.run(plan.Case("mixed", (3, 3), (3, 3)), plan.read_workers(12), draws=20)
     assert found["mean error"] < 0.03
     assert found["coverage"] >= 0.6  # 20 draws of 12 workers: bench.plan has the long run
 
@@ -34,7 +35,7 @@ def population(number: int, seed: int) -> list[Snapshot]:
 
 
 def test_intervals_hold_the_truth() -> None:
-    found = run(Case("24 from 6", (6,), (24,)), [population(60, 1)], draws=60)
+    found = plan.run(plan.Case("24 from 6", (6,), (24,)), [population(60, 1)], draws=60)
     assert found["mean error"] < 0.05 and found["mean error"] < found["Chao2"]  # harder than real memory
     assert found["coverage"] > 0.8 and found["half width"] < 0.1
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -11,6 +12,7 @@ import numpy.typing as npt
 from ksm.cost import CostModel
 from ksm.errors import PlanError
 from ksm.estimate import Source, snapshots
+from ksm.plan.confirm import confirm
 from ksm.plan.contents import Table
 from ksm.plan.growth import Rules, Samples
 from ksm.plan.inputs import HostSpec, Policy, VMClass, shares
@@ -81,6 +83,8 @@ def plan(
                 )
     samples = Samples(table)
     answers = tuple(_host(samples, ram, mix, host, policy, page, classes) for host in hosts)
+    if simulate:
+        answers = tuple(_confirmed(each, taken, table) for each in answers)
     compositions = _compositions(taken, table, classes)
     return Plan(
         classes=_summaries(classes, mix, ram, table, compositions),
@@ -164,6 +168,18 @@ def _host(
         check=None,
         frames=_figures(final.curve(np.array([fits.recommended], np.int64)), final),
     )
+
+
+def _confirmed(each: HostPlan, taken: Sequence[Snapshot], table: Table) -> HostPlan:
+    """With the simulation of its tunables."""
+    counts = np.array(list(each.mix.values()), np.int64)
+    if not counts.any():
+        return each
+    tunables = {one.name: int(one.value) for one in each.tunables}
+    pace = Pace(tunables["pages_to_scan"], tunables["sleep_millisecs"], "smart_scan" in tunables)
+    rules = Rules(tunables["max_page_sharing"], bool(tunables["use_zero_pages"]))
+    check, simulated = confirm(taken, table.class_of.tolist(), counts, pace, rules, each.host.kernel)
+    return replace(each, check=check, timelines=(*each.timelines, simulated))
 
 
 def _figures(curve: Curve, needs: Needs) -> dict[str, float | None]:
