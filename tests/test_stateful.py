@@ -175,3 +175,11 @@ def test_stateful() -> None:
 def test_random_programs(seed: int, variant: dict[str, object]) -> None:
     """Long programs by seed, in every variant of the machine."""
     Lockstep(**variant, check_every=check_every(seed)).run(generate(seed, **variant))  # type: ignore[arg-type]
+
+
+def test_a_quiet_page_whose_frame_merges_through_a_fork() -> None:
+    Lockstep().run([
+        ["sysfs", "run", "1"], ["sysfs", "max_page_sharing", "2"], ["spawn", "p0"], ["mmap", "p0", 0, 12, 3],
+        ["madvise", "p0", 0, 12, 12], ["fork", "p0", "p2"], ["poke", "p0", 8, 1, 0], ["scan"], ["scan"],
+        ["fork", "p0", "p3"], ["scan"], ["fill", "p2", 9, [0, 0, 0]], ["scan"], ["scan"], ["scan_pages", 22],
+    ])  # fmt: skip

@@ -13,7 +13,7 @@ from ksm._cy.frames cimport frame_hash, is_zero, same_content
 from ksm._cy.stable cimport candidate, stable_clean, stable_lookup
 from ksm._cy.store cimport Store, BUDGET_SPENT, PASS_ENDED, bit_length64, ctz64
 from ksm._cy.table cimport Table, table_fetch, table_free, table_next, table_put, table_reserve, table_start
-from ksm._cy.types cimport CHAIN, IN_NONE, IN_UNSTABLE, Block
+from ksm._cy.types cimport CHAIN, IN_NONE, IN_UNSTABLE, KSM, Block
 from ksm._cy.unstable cimport reserve_joined, unstable_state
 from ksm._cy.visit cimport skip
 
@@ -63,6 +63,9 @@ cdef inline bint block_is_distinct(Store *m, uint32_t id, Table *seen) noexcept 
         i = ctz64(bits)
         bits &= bits - 1
         f = b.frame[i]
+        if m.frames[f].flags & KSM:     # merged through another slot that fork gave it to
+            b.calm &= ~(<uint64_t>1 << i)
+            continue
         hash = frame_hash(m, f)
         if m.use_zero_pages and is_zero(m, f):
             return False

@@ -204,7 +204,7 @@ cdef inline void drop_node(Store *m, uint32_t n) noexcept nogil:
 cdef inline uint32_t choose(Store *m, uint32_t n, bint prune) noexcept nogil:
     """The node that stands for tree place n (plain or chain) on a walk; 0: the tree changed, start again."""
     cdef StableNode *chain = &m.stable[n]
-    cdef uint32_t dup, next, best = 0, before = chain.count
+    cdef uint32_t dup, next, best = 0
     if chain.kind == PLAIN:
         if chain.stale:
             drop_node(m, n)
@@ -228,8 +228,8 @@ cdef inline uint32_t choose(Store *m, uint32_t n, bint prune) noexcept nogil:
         erase_place(m, n)
         free_chain(m, n)
         return 0
-    # Before 6.11 a chain collapses only on a pruning walk that comes to one dup, which can take an item.
-    if chain.count == 1 and (m.gate_first or (before == 1 and prune and best)):
+    # Before 6.11 a chain collapses only on a pruning walk that leaves one dup, which can take an item.
+    if chain.count == 1 and (m.gate_first or (prune and best)):
         return collapse(m, n)
     if best and best != chain.first and candidate(m, best, 1):
         leave_chain(m, best)

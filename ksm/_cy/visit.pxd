@@ -173,6 +173,7 @@ cdef inline void merge_two(Store *m, uint32_t slot, uint32_t other, uint8_t nid)
     if m.frames[f].mappers > 1:
         build_unstable(m)
         m.unstable_changed = m.check_all = True
+        m.calm_valid = False    # whoever else maps it belongs on its node
     leave_tree(m, other)
     m.frames[f].flags |= KSM | DIRTY
     m.blocks[slot >> 6].clean |= <uint64_t>1 << (slot & 63)
@@ -191,6 +192,7 @@ cdef inline void undo_merge(Store *m, uint32_t slot, uint32_t f) noexcept nogil:
     if m.frames[f].mappers > 1:
         build_unstable(m)
         m.unstable_changed = m.check_all = True
+        m.calm_valid = False    # whoever else maps it belongs on its node
     m.frames[f].flags |= KSM
     if (m.blocks[slot >> 6].hidden >> (slot & 63)) & 1:
         return

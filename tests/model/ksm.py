@@ -427,7 +427,6 @@ class Ksm:
             entry.pruned_at = self.now_ms
         shown: StableNode | None = None
         chosen: StableNode | None = None
-        count = len(entry.dups)
         for node in list(entry.dups):
             if node.stale:
                 self.drop_node(node)
@@ -440,7 +439,7 @@ class Ksm:
         if shown is None:
             self.drop_chain(entry)
             return None
-        if (count == 1 and prune and chosen is not None) if self.old_order else len(entry.dups) == 1:
+        if len(entry.dups) == 1 and (not self.old_order or (prune and chosen is not None)):
             return self.collapse(entry), shown, chosen
         if chosen is not None and entry.dups[0] is not chosen and len(chosen.items) + 1 < self.max_page_sharing:
             entry.dups.remove(chosen)
