@@ -171,7 +171,7 @@ def test_stateful() -> None:
 
 
 @pytest.mark.parametrize("variant", variants(), ids=label)
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(24))
 def test_random_programs(seed: int, variant: dict[str, object]) -> None:
     """Long programs by seed, in every variant of the machine."""
     Lockstep(**variant, check_every=check_every(seed)).run(generate(seed, **variant))  # type: ignore[arg-type]
