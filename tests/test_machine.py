@@ -504,3 +504,19 @@ def test_quiet_passes_count_what_stepping_through_trees_counts(seed: int) -> Non
         assert machines[0].ksmd.work == machines[1].ksmd.work
     for m in machines:
         m.check()
+
+
+@BOTH
+def test_made_up_fingerprints_of_small_numbers(index: str) -> None:
+    """Nothing merges in the first pass, and the table does not take them for one another."""
+    for word in (0, 1):
+        words = np.zeros((60_000, 2), np.uint64)
+        words[:, word] = np.arange(60_000) // 2
+        m = machine(index=index)
+        p = m.spawn()
+        a = p.mmap(ksm.Fingerprints(words))
+        p.madvise(a, 60_000 * PAGE, ksm.MADV_MERGEABLE)
+        m.ksmd.scan()
+        assert (m.ksm.pages_shared, m.ksm.pages_volatile) == (0, 60_000)
+        m.ksmd.scan()
+        assert (m.ksm.pages_shared, m.ksm.pages_sharing) == (30_000, 30_000)

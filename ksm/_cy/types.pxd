@@ -58,7 +58,7 @@ ctypedef struct Block:
 
 ctypedef struct Frame:
     const uint8_t *data         # page bytes, or the 16 bytes of a fingerprint
-    uint32_t hash               # bits 32 to 63 of XXH3-128: what tables and checksums use
+    uint32_t hash               # bits 32 to 63 of XXH3-128, or mixed of a fingerprint: for tables and checksums
     uint32_t mappers            # slots that map it
     uint32_t node               # KSM: its stable node. Free: the next free frame
     uint16_t pins               # others who need its content: a stable node, a visit, the erase log
