@@ -107,10 +107,16 @@ def test_a_guest_by_its_name(forms: Forms, capsys: pytest.CaptureFixture[str]) -
 def test_the_kernel_merges_guests_as_foretold(states: list[Path], tmp_path: Path, huge: bool) -> None:
     if reason := host.why_not():
         pytest.skip(reason)
-    try:
-        outcome = frozen_truth.judged(states, tmp_path, huge)
-    except host.Unavailable as reason:
-        pytest.skip(str(reason))
+    # On a busy host somebody may hold a page just when ksmd comes by, which then does not merge it in this pass.
+    # That does not repeat; a difference does.
+    for attempt in range(3):
+        (where := tmp_path / str(attempt)).mkdir()
+        try:
+            outcome = frozen_truth.judged(states, where, huge)
+        except host.Unavailable as reason:
+            pytest.skip(str(reason))
+        if not frozen_truth.differences(outcome):
+            break
     assert frozen_truth.differences(outcome) == []
     kernel, foretold = outcome.kernel[-1], outcome.estimate
     assert kernel["pages_sharing"] > 1000
