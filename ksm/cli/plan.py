@@ -66,6 +66,7 @@ _SIZE, _SHARE = _Parsed("size", size), _Parsed("share", share)
 
 @click.command()
 @click.argument("sources", nargs=-1, metavar="[SOURCE]...")
+@click.option("--trace", "traces", multiple=True, metavar="DIR", help="A recording that is no sample, for the risk.")
 @click.option("--file", "file", metavar="YAML", help="Classes of VMs, hosts and the policy from a file.")
 @click.option("--ram", type=_SIZE, help="The host's memory.")
 @click.option("--vm-ram", type=_SIZE, help="A VM's memory.  [default: what the largest sample has]")
@@ -97,10 +98,11 @@ def command(
     """How many VMs fit on a host, from samples of their memory.
 
     Each SOURCE is a sample of one VM, all of one class: a memory image (`ksm formats` lists which), pid:123 or
-    qemu:NAME. Classes, hosts and mixes are described in a YAML file. Exit code 3: fewer than --require fit.
+    qemu:NAME; or a recording of several (`ksm record`), which tells how fast sharing breaks, too. Classes, hosts and
+    mixes are described in a YAML file. Exit code 3: fewer than --require fit.
     """
     if file is not None:
-        if sources or options["ram"] is not None:
+        if sources or options["traces"] or options["ram"] is not None:
             raise click.UsageError("--file and sources exclude each other: the file says it all")
         classes, hosts, policy = read(file)
     else:
@@ -128,7 +130,11 @@ def _from_options(sources: Sequence[str], options: Mapping[str, Any]) -> tuple[l
     of_host = {name: options[name] for name in ("ram", "reserve", "vm_overhead", "swap", "nodes", "kernel")}
     of_policy = ("headroom", "broken", "confidence", "ksmd_cpu", "settle", "growth", "zeros")
     policy = Policy(**{name: options[name] for name in of_policy})
-    return [VMClass("vm", list(sources), ram=options["vm_ram"])], [HostSpec(**of_host)], policy
+    return (
+        [VMClass("vm", list(sources), ram=options["vm_ram"], traces=options["traces"])],
+        [HostSpec(**of_host)],
+        policy,
+    )
 
 
 # ---- the YAML file -------------------------------------------------------------------------------------
@@ -165,11 +171,13 @@ def read(file: str) -> tuple[list[VMClass], list[HostSpec], Policy]:
     top = _mapping(file, said, {"classes", "hosts", "policy"})
     classes = []
     for name, about in _mapping(file, top.get("classes"), None).items():
-        values = _values(f"{file}: class {name}", about, {"samples", "ram", "share"})
-        samples = values.pop("samples", None)
-        if not isinstance(samples, list) or not all(isinstance(each, str) for each in samples):
-            raise PlanError(f"{file}: class {name}: samples must be a list of paths")
-        classes.append(VMClass(str(name), [one for each in samples for one in _found(file, each)], **values))
+        values = _values(f"{file}: class {name}", about, {"samples", "traces", "ram", "share"})
+        for what in ("samples", "traces"):
+            listed = values.get(what, [])
+            if not isinstance(listed, list) or not all(isinstance(each, str) for each in listed):
+                raise PlanError(f"{file}: class {name}: {what} must be a list of paths")
+            values[what] = [one for each in listed for one in _found(file, each)]
+        classes.append(VMClass(str(name), **values))
     hosts = top.get("hosts")
     if not isinstance(hosts, list) or not hosts:
         raise PlanError(f"{file}: hosts must be a list, such as [{{ram: 64G}}]")
@@ -254,6 +262,11 @@ def table(answer: Plan, each: HostPlan) -> Table:
         ("  merged", amount("need")),
         ("  of that, the kernel's bookkeeping", amount("bookkeeping")),
     ]
+    if each.risk is not None:
+        rows.append(
+            ("written of merged pages a minute: median; worst", f"{each.risk.median:.2%}; {each.risk.worst:.1%}")
+        )
+        rows.append(("  memory if the worst is everywhere at once", binary(each.risk.need_worst)))
     for percent in each.settle.cold:
         more = clock(each.settle.one_more[percent])
         rows.append(

@@ -4,6 +4,6 @@ from __future__ import annotations
 
 from ksm.plan.inputs import HostSpec, Policy, VMClass
 from ksm.plan.planning import plan
-from ksm.plan.result import Curve, Fits, HostPlan, Plan, Settle
+from ksm.plan.result import Breaking, Curve, Fits, HostPlan, Plan, Risk, Settle
 
-__all__ = ["Curve", "Fits", "HostPlan", "HostSpec", "Plan", "Policy", "Settle", "VMClass", "plan"]
+__all__ = ["Breaking", "Curve", "Fits", "HostPlan", "HostSpec", "Plan", "Policy", "Risk", "Settle", "VMClass", "plan"]

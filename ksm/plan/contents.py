@@ -120,6 +120,14 @@ class Table:
         every = np.bincount(self.image, minlength=self.images)
         return self.pages - self.zeros - every, every - own, own
 
+    def held_by(self, images: npt.NDArray[np.bool_], least: int, page_size: int) -> npt.NDArray[np.uint64]:
+        """Low words of the contents that at least so many of some images have, the zero page among them."""
+        some = np.zeros(0, np.bool_)
+        if self.contents:
+            some = np.add.reduceat(images[self.image].astype(np.int64), self.starts[:-1]) >= least
+        zero = [zero_words(page_size)[1]] if np.count_nonzero(self.zeros[images]) >= least else []
+        return np.append(self.words[some, 1], np.array(zero, np.uint64))
+
     def overlap(self) -> Ints:
         """(images, images) pages of the row's image whose content the column's has; zero pages apart."""
         shared = np.flatnonzero(np.diff(self.starts) > 1)

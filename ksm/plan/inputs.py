@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ksm.errors import PlanError
 from ksm.estimate import Source
 from ksm.sysfs import profile
+
+if TYPE_CHECKING:
+    from ksm.trace import Trace
 
 MAX_VMS = 10_000
 """No plan looks beyond so many VMs a host."""
@@ -23,10 +27,13 @@ class VMClass:
 
     Attributes:
         name: what to call it.
-        samples: images, live processes, fingerprints, ...: what `ksm.estimate` takes. Drawn at random from the VMs
-            that the plan is for; every one adds to what is known, the first two most.
+        samples: images, live processes, fingerprints, ...: what `ksm.estimate` takes; or recordings, of which every
+            process is a sample. Drawn at random from the VMs that the plan is for; every one adds to what is known, the
+            first two most.
         ram: bytes of a VM's memory; None: as much as its largest sample has pages.
         share: of the VMs, 0 to 1; None: the classes have equal shares.
+        traces: recordings of such VMs (`ksm record`, paths or `ksm.trace.Trace`) that are no samples, for the risk over
+            time; recordings among the samples tell it, too.
 
     Raises:
         PlanError: no samples; a share or a size out of range.
@@ -40,15 +47,17 @@ class VMClass:
     """
 
     name: str
-    samples: Sequence[Source]
+    samples: Sequence[Source | Trace]
     ram: int | None = None
     share: float | None = None
+    traces: Sequence[str | os.PathLike[str] | Trace] = ()
 
     def __post_init__(self) -> None:
         if not self.name:
             raise PlanError("a class without a name")
-        if not isinstance(self.samples, Sequence) or isinstance(self.samples, str | bytes | bytearray | memoryview):
-            raise PlanError(f"class {self.name}: samples must be a list of sources")
+        for what, value in (("samples", self.samples), ("traces", self.traces)):
+            if not isinstance(value, Sequence) or isinstance(value, str | bytes | bytearray | memoryview):
+                raise PlanError(f"class {self.name}: {what} must be a list of sources")
         if len(self.samples) == 0:
             raise PlanError(
                 f"class {self.name} has no samples: a plan needs at least one, and two to say more than bounds"

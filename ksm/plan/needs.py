@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -73,7 +73,6 @@ class Needs:
         shared = np.maximum(frames - unshared, 0.0)
         kept = (pages - zero_merged) * RMAP_ITEM_BYTES + shared * STABLE_NODE_BYTES
         without = pages * page + fixed
-        broken = self._broken(counts, pages, frames, unshared, frames_less, pages_less)
         unknown = np.where(counts.max(axis=1, initial=0) > 1, np.nan, 1.0) if self.bounds_only else np.ones(len(vms))
         sharing, kept_saved = pages - frames, kept
         return Curve(
@@ -91,31 +90,29 @@ class Needs:
             saved=(sharing * page - kept_saved) * unknown,
             saved_low=(sharing - np.hypot(wide_saved, growth.upward(0 * frames_less, counts, both))) * page - kept,
             saved_high=np.minimum(pages - floor + wide_saved, pages) * page - kept,
-            broken=broken * page + fixed + kept,
+            broken=self.after(vms, self.policy.broken),
             bookkeeping=kept,
         )
 
-    def _broken(
-        self, counts: Ints, pages: Floats, frames: Floats, unshared: Floats, frames_less: Floats, pages_less: Floats
-    ) -> Floats:
-        """Frames at the confidence after the policy's share of merged pages broke: each takes a frame of its own, and
-        the KSM frames stay as long as anything maps them."""
-        share = self.policy.broken
+    def after(self, vms: Ints, share: float) -> Floats:
+        """Bytes that so many VMs need at the policy's confidence, from one side, just after a share of the merged pages
+        was written: each takes a frame of its own, and the KSM frames stay as long as anything maps them."""
+        counts = self.mix[vms]
+        growth = self.growth
+        frames, unshared = growth.frames(counts)
+        pages = growth.pages(counts)
+        less, pages_less = growth.replicates(counts)
+        if share:
+            less = np.minimum(less + share * (pages_less - unshared), pages_less)
         after = np.minimum(frames + share * (pages - unshared), pages)
-        less = np.minimum(frames_less + share * (pages_less - unshared), pages_less)
-        margin = self.growth.upward(less, counts, self.policy.confidence)
-        return np.asarray(after + margin)
+        after = np.minimum(after + growth.upward(less, counts, self.policy.confidence), pages)
+        zero_merged = growth.zeros(counts) if growth.rules.use_zero_pages else 0.0
+        kept = (pages - zero_merged) * RMAP_ITEM_BYTES + np.maximum(frames - unshared, 0) * STABLE_NODE_BYTES
+        return np.asarray(after * self.page + counts @ self._fixed + kept)
 
     def confident(self, vms: Ints) -> Floats:
         """Bytes that so many VMs need with the policy's confidence, from one side."""
-        counts = self.mix[vms]
-        frames, unshared = self.growth.frames(counts)
-        less, _ = self.growth.replicates(counts)
-        frames = frames + self.growth.upward(less, counts, self.policy.confidence)
-        pages = self.growth.pages(counts)
-        zero_merged = self.growth.zeros(counts) if self.growth.rules.use_zero_pages else 0.0
-        kept = (pages - zero_merged) * RMAP_ITEM_BYTES + np.maximum(frames - unshared, 0) * STABLE_NODE_BYTES
-        return np.asarray(np.minimum(frames, pages) * self.page + counts @ self._fixed + kept)
+        return self.after(vms, 0.0)
 
     def committed(self, vms: Ints) -> Floats:
         """Bytes that so many VMs take when each uses all of its RAM."""
@@ -137,43 +134,40 @@ class Needs:
         host, usual = self.host, self.host.usable * (1 - self.policy.headroom)
         all_of_it = host.usable + host.swap
 
-        def most(of_curve: Floats, at: str, limit: float) -> int:
-            return self._largest(curve.vms, of_curve, at, limit)
+        def most(what: str, limit: float) -> int:
+            return self.largest(curve.vms, lambda vms: getattr(self.curve(vms), what), limit, getattr(curve, what))
 
-        confident = self._largest(curve.vms, self.confident(curve.vms), "confident", usual)
-        broken = most(curve.broken, "broken", all_of_it)
+        confident = self.largest(curve.vms, self.confident, usual)
+        broken = most("broken", all_of_it)
         recommended = min(confident, broken)
         end = len(self.mix) - 1
         return Fits(
-            without_ksm=most(curve.without, "without", usual),
-            committed=self._largest(curve.vms, self.committed(curve.vms), "committed", host.usable),
-            mean=None if self.bounds_only else most(curve.need, "need", usual),
-            low=most(curve.need_high, "need_high", usual),
-            high=most(curve.need_low, "need_low", usual),
+            without_ksm=most("without", usual),
+            committed=self.largest(curve.vms, self.committed, host.usable),
+            mean=None if self.bounds_only else most("need", usual),
+            low=most("need_high", usual),
+            high=most("need_low", usual),
             confident=confident,
             broken=broken,
-            unmerged=most(curve.without, "without", all_of_it),
+            unmerged=most("without", all_of_it),
             recommended=recommended,
             limited_by=(
                 "the plan's limit" if recommended == end else "memory" if confident <= broken else "broken pages"
             ),
         )
 
-    def _largest(self, vms: Ints, values: Floats, what: str, limit: float) -> int:
-        """The largest number up to which all values are within the limit, also between points of the grid."""
-        over = np.flatnonzero(values > limit)
+    @staticmethod
+    def largest(grid: Ints, bytes_of: Callable[[Ints], Floats], limit: float, on_grid: Floats | None = None) -> int:
+        """The largest number of VMs up to which all take no more than the limit, also between points of the grid."""
+        over = np.flatnonzero((bytes_of(grid) if on_grid is None else on_grid) > limit)
         if not len(over):
-            return int(vms[-1])
+            return int(grid[-1])
         if over[0] == 0:
             return 0
-        between = np.arange(vms[over[0] - 1] + 1, vms[over[0]], dtype=np.int64)
+        between = np.arange(grid[over[0] - 1] + 1, grid[over[0]], dtype=np.int64)
         if not len(between):
-            return int(vms[over[0] - 1])
-        if what in ("confident", "committed"):
-            finer = getattr(self, what)(between)
-        else:
-            finer = getattr(self.curve(between), what)
-        return int(vms[over[0] - 1]) + int(np.argmax(np.append(finer, np.inf) > limit))
+            return int(grid[over[0] - 1])
+        return int(grid[over[0] - 1]) + int(np.argmax(np.append(bytes_of(between), np.inf) > limit))
 
 
 def reach(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -14,11 +14,13 @@ from ksm.errors import PlanError
 from ksm.estimate import Source, snapshots
 from ksm.plan.confirm import confirm
 from ksm.plan.contents import Table
+from ksm.plan.given import Given
 from ksm.plan.growth import Rules, Samples
 from ksm.plan.inputs import HostSpec, Policy, VMClass, shares
 from ksm.plan.needs import Needs, reach
 from ksm.plan.pace import Pace
 from ksm.plan.result import ClassSummary, Composition, Curve, HostPlan, Plan
+from ksm.plan.risk import assess
 from ksm.plan.tuning import advisor, choose_pace, choose_rules, load, settle, timeline
 from ksm.sources import Snapshot
 from ksm.sysfs import profile
@@ -66,13 +68,13 @@ def plan(
     mix = shares(classes)
     if not hosts:
         raise PlanError("no hosts: there is nowhere to put the VMs")
-    class_of = [index for index, each in enumerate(classes) for _ in each.samples]
-    taken = snapshots([source for each in classes for source in each.samples], page_size, False, threads, progress)
+    given = Given.of(classes)
+    taken = snapshots(given.sources, page_size, False, threads, progress)
     page = taken[0].page_size
-    for image, index in zip(taken, class_of, strict=True):
+    for image, index in zip(taken, given.class_of, strict=True):
         if not image.pages:
             raise PlanError(f"class {classes[index].name}: sample {image.name} has no pages")
-    table = Table.of(taken, class_of, policy.zeros == "absent")
+    table = Table.of(taken, given.class_of, policy.zeros == "absent")
     ram = _ram(classes, table, page)
     for host in hosts:
         for each, size in zip(classes, ram, strict=True):
@@ -81,20 +83,21 @@ def plan(
                     f"{host.name} is smaller than one VM: it has {host.usable:,} usable bytes, and a VM of class "
                     f"{each.name} takes {int(size) + host.vm_overhead:,}"
                 )
-    samples = Samples(table)
-    answers = tuple(_host(samples, ram, mix, host, policy, page, classes) for host in hosts)
+    compositions = _compositions(taken, table, classes)
+    summaries = _summaries(classes, mix, ram, table, compositions)
+    common = _Common(Samples(table), ram, mix, policy, page, summaries, given)
+    answers = tuple(_host(common, host) for host in hosts)
     if simulate:
         answers = tuple(_confirmed(each, taken, table) for each in answers)
-    compositions = _compositions(taken, table, classes)
     return Plan(
-        classes=_summaries(classes, mix, ram, table, compositions),
+        classes=summaries,
         policy=policy,
         page_size=page,
         hosts=answers,
         samples=compositions,
         overlap=table.overlap(),
-        assumed=tuple(_assumed(taken, policy, hosts)),
-        warnings=tuple(_warnings(classes, answers)),
+        assumed=tuple(_assumed(taken, policy, hosts, summaries, given)),
+        warnings=tuple(_warnings(summaries, answers, policy, given)),
     )
 
 
@@ -127,20 +130,26 @@ def _ram(classes: Sequence[VMClass], table: Table, page: int) -> Floats:
     return np.array(ram, np.float64)
 
 
-def _host(
-    samples: Samples,
-    ram: Floats,
-    mix: Sequence[float],
-    host: HostSpec,
-    policy: Policy,
-    page: int,
-    classes: Sequence[VMClass],
-) -> HostPlan:
-    counts = reach(samples, ram, mix, host, policy, page)
+@dataclass(frozen=True, slots=True)
+class _Common:
+    """What is the same for all hosts."""
+
+    samples: Samples
+    ram: Floats
+    mix: Sequence[float]
+    policy: Policy
+    page: int
+    classes: Sequence[ClassSummary]
+    given: Given
+
+
+def _host(common: _Common, host: HostSpec) -> HostPlan:
+    samples, policy = common.samples, common.policy
+    counts = reach(samples, common.ram, common.mix, host, policy, common.page)
 
     @functools.cache
     def needs(rules: Rules) -> Needs:
-        return Needs(samples, ram, counts, host, policy, rules, page)
+        return Needs(samples, common.ram, counts, host, policy, rules, common.page)
 
     first = needs(Rules(use_zero_pages=bool(policy.use_zero_pages)))
     at = counts[[max(1, first.fits(first.curve(first.grid())).recommended)]]
@@ -149,24 +158,26 @@ def _host(
     final = needs(rules)
     curve = final.curve(final.grid())
     fits = final.fits(curve)
-    vms = max(1, fits.recommended)
-    found = load(final, vms)
+    found = load(final, max(1, fits.recommended))
     cost = CostModel()
     pace, pacing, _ = choose_pace(found, host, policy, cost)
     kernel = profile(host.kernel)
     default = Pace(kernel.attributes["pages_to_scan"].default, pace.sleep_millisecs, pace.smart_scan, cost)
+    settled = settle(found, pace)
+    seen = common.given.breaking(samples.table, common.page, settled.pass_seconds, policy.zeros == "absent")
     return HostPlan(
         host=host,
         fits=fits,
-        mix={each.name: int(n) for each, n in zip(classes, counts[fits.recommended], strict=True)},
+        mix={each.name: int(n) for each, n in zip(common.classes, counts[fits.recommended], strict=True)},
         curve=curve,
         tunables=pacing + tunables,
         advisor=advisor(pace, policy, kernel),
-        settle=settle(found, pace),
+        settle=settled,
         default=settle(found, default),
         timelines=(timeline("recommended", found, pace), timeline("default", found, default)),
         check=None,
         frames=_figures(final.curve(np.array([fits.recommended], np.int64)), final),
+        risk=assess(final, curve, fits.recommended, seen, common.classes),
     )
 
 
@@ -224,7 +235,13 @@ def _summaries(
     return tuple(found)
 
 
-def _assumed(taken: Sequence[Snapshot], policy: Policy, hosts: Sequence[HostSpec]) -> list[str]:
+def _assumed(
+    taken: Sequence[Snapshot],
+    policy: Policy,
+    hosts: Sequence[HostSpec],
+    classes: Sequence[ClassSummary],
+    given: Given,
+) -> list[str]:
     found = [
         "The samples were drawn at random from the VMs of their class; the VMs to come are like them.",
         "All memory of the VMs is mergeable, and stands still for long enough to merge.",
@@ -238,16 +255,29 @@ def _assumed(taken: Sequence[Snapshot], policy: Policy, hosts: Sequence[HostSpec
         found.append("Nothing is reserved for the host itself.")
     if any(not host.vm_overhead for host in hosts):
         found.append("A VM takes nothing besides its guest memory.")
+    recorded = {name for _, name in given.recordings}
+    if recorded:
+        found.append("Merged in a recording is what stood still for a pass of ksmd and has a copy that did, too.")
+        for each in classes:
+            if each.name not in recorded:
+                found.append(f"Class {each.name}, of which there is no recording, breaks like the worst that has one.")
     return found
 
 
-def _warnings(classes: Sequence[VMClass], hosts: Sequence[HostPlan]) -> list[str]:
+def _warnings(classes: Sequence[ClassSummary], hosts: Sequence[HostPlan], policy: Policy, given: Given) -> list[str]:
     found = []
     for each in classes:
-        if len(each.samples) == 1:
+        if each.samples == 1:
             found.append(
                 f"Class {each.name} has one sample: what its VMs share with each other is unknown, so these are bounds."
             )
-        elif len(each.samples) == 2:
+        elif each.samples == 2:
             found.append(f"Class {each.name} has two samples: the intervals are wide; a third narrows them most.")
+    found += [f"{path} is too short to tell how fast sharing breaks: it takes a minute." for path in given.too_short]
+    for host in hosts:
+        if host.risk is not None and host.risk.worst > policy.broken:
+            found.append(
+                f"{host.host.name}: in the worst minute recorded {host.risk.worst:.1%} of the merged pages were "
+                f"written; the policy has room for {policy.broken:.1%} breaking at once."
+            )
     return found

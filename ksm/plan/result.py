@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ksm.plan.inputs import HostSpec, Policy
-from ksm.units import clock
+from ksm.units import binary, clock
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -179,6 +179,70 @@ class Composition(_Result):
     """Contents that only this sample has."""
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Breaking(_Result):
+    """How fast merged pages were written in one recording. Shares are 0 to 1, of the pages merged.
+
+    A window is from a step to the first that is a minute later. Where steps are further apart, the arrays and the
+    median are means over the window, and `worst` is all that it shows, as that may have been within one minute.
+    """
+
+    name: str
+    class_name: str
+    processes: int
+    duration: float
+    """Seconds from the first step to the last."""
+    step_seconds: float
+    """Between two steps, at the most."""
+    merged: float
+    """Pages merged of one VM, on average."""
+    seconds: Floats
+    """Where the windows start."""
+    share: Floats
+    """Of the merged pages of all its VMs, those written within that minute."""
+    vm_share: Floats
+    """Of a VM's merged pages, those written within that minute in the VM that wrote most."""
+    median: float
+    """Of `share`."""
+    worst: float
+    """The worst minute of any VM."""
+    worst_at: float
+    """Where its window starts, seconds."""
+    ever: float
+    """What one VM wrote of them in the whole recording, each page counted once, in the VM that wrote most."""
+
+
+@dataclass(frozen=True, slots=True)
+class Risk(_Result):
+    """What breaking of merged pages means for one host with its recommended VMs. Bytes; shares of the merged pages."""
+
+    breaking: tuple[Breaking, ...]
+    vms: int
+    median: float
+    """Written in a minute, over the mix; a class without a recording is taken to be like the worst that has one."""
+    worst: float
+    """Written if all VMs have the worst minute of their class at once."""
+    ever: float
+    """Written if all that a VM ever wrote in a recording is written by all VMs at once."""
+    need: float
+    """Bytes taken at the policy's confidence, nothing broken."""
+    need_worst: float
+    need_ever: float
+    limit: int
+    """Bytes of usable memory and swap."""
+    swap_worst: float
+    """Bytes of it that would be in swap."""
+    swap_ever: float
+    survives_worst: bool
+    survives_ever: bool
+    fits_worst: int
+    """VMs that would survive the worst minute everywhere at once."""
+    fits_ever: int
+    minutes_to_full: float | None
+    """Until the limit is reached if merged pages are written as in the median minute and nothing merges again; None:
+    never."""
+
+
 @dataclass(frozen=True, slots=True)
 class HostPlan(_Result):
     """The plan for one kind of host. Numbers of VMs and bytes are for one host of the kind."""
@@ -201,6 +265,8 @@ class HostPlan(_Result):
     frames: Mapping[str, float | None]
     """At the recommended number: "pages", "frames", "low", "high", "pages_shared", "pages_sharing", "pages_unshared",
     "ksm_zero_pages" (pages); "need", "without", "saved", "bookkeeping" (bytes)."""
+    risk: Risk | None = None
+    """None: there is no recording to tell it from."""
 
     def to_dict(self) -> dict[str, Any]:
         """All of it, for JSON."""
@@ -286,6 +352,8 @@ class Plan(_Result):
             f"{each.default.pages_to_scan:,}); ksmd takes {each.settle.cpu_cold:.1%} of a CPU until then and "
             f"{each.settle.cpu_steady:.1%} afterwards."
         )
+        if each.risk is not None:
+            found.append(_at_risk(each.risk))
         if each.check is not None:
             closed, simulated = each.check.seconds_99
             off = closed / simulated - 1 if simulated else 0.0
@@ -294,3 +362,16 @@ class Plan(_Result):
                 f"has 99 % after {clock(simulated)}; the closed form is {off:+.1%} off."
             )
         return found
+
+
+def _at_risk(risk: Risk) -> str:
+    def end(survives: bool, need: float, swap: float) -> str:
+        what = f"takes {binary(need)} of {binary(risk.limit)}"
+        return what + (f", {binary(swap)} of it swap" if survives and swap else "") + ("" if survives else ": too much")
+
+    worst = end(risk.survives_worst, risk.need_worst, risk.swap_worst)
+    ever = end(risk.survives_ever, risk.need_ever, risk.swap_ever)
+    return (
+        f"In the worst minute recorded {risk.worst:.1%} of a VM's merged pages are written ({risk.median:.2%} in the "
+        f"median minute): everywhere at once that {worst}; all that was ever written, {risk.ever:.1%}, {ever}."
+    )
