@@ -52,11 +52,11 @@ def materials(folder: Path) -> tuple[Path, Path]:
     }
     initramfs = folder / "initramfs"
     if not initramfs.exists():
-        initramfs.write_bytes(_cpio(files))
+        initramfs.write_bytes(cpio(files))
     return boot.kernel_image(), initramfs
 
 
-def _cpio(files: dict[str, bytes]) -> bytes:
+def cpio(files: dict[str, bytes]) -> bytes:
     """An initramfs (cpio, newc) with these files, all executable, and their directories."""
     entries = {str(parent): (0o40755, b"") for name in files for parent in list(Path(name).parents)[:-1]}
     entries |= {name: (0o100755, content) for name, content in files.items()}

@@ -114,21 +114,6 @@ def test_samples_of_different_page_sizes() -> None:
         ksm.plan(vm(samples=[large, np.zeros((1, PAGE), np.uint8)]), HostSpec(ram=GIB))
 
 
-@pytest.mark.parametrize("kernel", ["6.1", "6.18"])
-def test_the_time_to_merge_is_what_the_simulation_takes(kernel: str) -> None:
-    vms = [image(*range(2000), *range(10_000 * n, 10_000 * n + 1000), *[0] * 200) for n in range(1, 5)]
-    host = HostSpec(ram=100_000 * PAGE, kernel=kernel)
-    answer = ksm.plan(VMClass("web", vms), host, Policy(headroom=0, settle=60)).hosts[0]
-    assert answer.check is not None
-    for closed, simulated in (answer.check.seconds_50, answer.check.seconds_90, answer.check.seconds_99):
-        assert closed == pytest.approx(simulated, rel=0.1)
-    assert answer.check.pages_sharing[1] == pytest.approx(answer.check.pages_sharing[0], rel=0.01)
-    assert answer.check.cpu_seconds[0] == pytest.approx(
-        answer.check.cpu_seconds[1], rel=0.3
-    )  # it charges zero pages as merges
-    assert answer.settle.cold[99] <= 60 and answer.timelines[-1].label == "simulated"
-
-
 def test_a_tight_cpu_budget_is_kept_and_said() -> None:
     vms = [image(*range(2000), *range(10_000 * n, 10_000 * n + 1000)) for n in range(1, 5)]
     policy = Policy(headroom=0, settle=0.5, ksmd_cpu=0.05)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
@@ -268,7 +269,8 @@ def table(answer: Plan, each: HostPlan) -> Table:
         )
         rows.append(("  memory if the worst is everywhere at once", binary(each.risk.need_worst)))
     for percent in each.settle.cold:
-        more = clock(each.settle.one_more[percent])
+        later = each.settle.one_more[percent]
+        more = clock(later) if math.isfinite(later) else "later, if ever"
         rows.append(
             (f"{percent} % merged from cold; of one more VM", f"{clock(each.settle.cold[percent])}; {more}"),
         )

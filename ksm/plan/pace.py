@@ -29,6 +29,8 @@ class Load:
         unshared: `pages_unshared` of these.
         zero_merged: `ksm_zero_pages` of these.
         page_size: bytes.
+        nodes: NUMA nodes that are kept apart, each with its own trees.
+        paired: pages of the others that had no copy before the last VM came.
     """
 
     vms: Floats
@@ -37,12 +39,14 @@ class Load:
     unshared: Floats
     zero_merged: Floats
     page_size: int = 4096
+    nodes: int = 1
+    paired: float = 0.0
 
     def __getitem__(self, some: slice) -> Load:
         """A part of the list."""
         arrays = (self.vms, self.pages, self.sharing, self.unshared, self.zero_merged)
         vms, pages, sharing, unshared, zero = (array[some] for array in arrays)
-        return Load(vms, pages, sharing, unshared, zero, self.page_size)
+        return Load(vms, pages, sharing, unshared, zero, self.page_size, self.nodes, self.paired)
 
     @property
     def shared(self) -> Floats:
@@ -62,6 +66,8 @@ class Pace:
     sleep_millisecs: int
     smart_scan: bool
     cost: CostModel = field(default_factory=CostModel)
+    gate_first: bool = True
+    """As `Profile.gate_first`: without it, what is in the stable tree merges at the first visit already."""
 
     def wall(self, visits: float, cpu_a_visit: float) -> float:
         """Seconds that so many visits take, sleeps included, at so many CPU seconds each."""
@@ -84,12 +90,12 @@ class Pace:
         found = np.diff(load.sharing)
         new_nodes = np.maximum(np.diff(load.shared), 0.0)
         zero = np.diff(load.zero_merged)
-        stable, unstable = self._searches(
-            (load.shared[1:] + load.shared[:-1]) / 2, (load.unshared[1:] + load.unshared[:-1]) / 2
-        )
+        stable, unstable = self._searches(load.shared / load.nodes, load.unshared / load.nodes)
         in_unstable = visits - (found - new_nodes)  # neither zero nor found in the stable tree
         searched = (visits - zero + new_nodes) * stable + in_unstable * unstable
-        cpu = visits * hashing + searched + found * self.cost.merge_ns * 1e-9
+        in_stable = visits - zero - in_unstable
+        hashed = visits if self.gate_first else visits - in_stable
+        cpu = hashed * hashing + searched + found * self.cost.merge_ns * 1e-9
         took = np.array([self.wall(n, c / n) for n, c in zip(visits, cpu, strict=True)])
         seconds = np.concatenate(([0.0], first + np.concatenate(([0.0], np.cumsum(took)))))
         busy = np.concatenate(([0.0], load.pages[-1] * hashing + np.concatenate(([0.0], np.cumsum(cpu)))))
@@ -99,46 +105,87 @@ class Pace:
         return self.cost.nanoseconds(1, 0, 0, 0, load.page_size) * 1e-9
 
     def _searches(self, stable: Floats, unstable: Floats) -> tuple[Floats, Floats]:
-        """CPU seconds of a search in a stable and in an unstable tree of so many nodes."""
-        depth, deeper = (np.log2(np.maximum(nodes, 1.0)) for nodes in (stable, unstable))
+        """CPU seconds of a search in a stable and in an unstable tree, on average while they grow from one of these
+        numbers of nodes to the next."""
         cost = self.cost
-        in_stable = depth * cost.stable_level_ns + np.maximum(depth - NEAR_LEVELS, 0.0) * cost.deep_ns
-        in_unstable = deeper * cost.level_ns + np.maximum(deeper - NEAR_LEVELS, 0.0) * cost.deep_ns
+        in_stable = cost.stable_level_ns * levels(stable, 0) + cost.deep_ns * levels(stable, NEAR_LEVELS)
+        in_unstable = cost.level_ns * levels(unstable, 0) + cost.deep_ns * levels(unstable, NEAR_LEVELS)
         return in_stable * 1e-9, in_unstable * 1e-9
 
     def steady(self, load: Load) -> tuple[float, float]:
-        """(seconds, CPU seconds) of a pass once all is settled."""
+        """(seconds, CPU seconds) of a pass once all is settled, on average."""
+        every = _SMART_VISIT if self.smart_scan else 1
+        seconds, cpu = np.array(self._settled_pass(load, True)) / every
+        if self.smart_scan:
+            others = np.array(self._settled_pass(load, False)) * (every - 1) / every
+            seconds, cpu = seconds + others[0], cpu + others[1]
+        return float(seconds), float(cpu)
+
+    def _settled_pass(self, load: Load, tried: bool) -> tuple[float, float]:
+        """(seconds, CPU seconds) of a pass that tries all unshared pages, or that passes over them. After a cold start
+        smart scan keeps their turns together: it tries all in one pass of nine."""
         merged = float(load.pages[-1] - load.unshared[-1] - load.zero_merged[-1])
         unshared = float(load.unshared[-1])
-        tried = unshared / (_SMART_VISIT if self.smart_scan else 1)
-        searches = self._searches(load.shared[-1:], np.array([tried]))
-        cpu = tried * (self._hashing(load) + float(searches[0][0] + searches[1][0]))
-        cpu += (merged * self.cost.merged_ns + (unshared - tried) * self.cost.skip_ns) * 1e-9
-        visits = merged + tried
+        shared, tree = load.shared[-1] / load.nodes, unshared / load.nodes
+        stable, unstable = self._searches(np.array([shared, shared]), np.array([0.0, tree]))
+        cpu = merged * self.cost.merged_ns * 1e-9
+        if tried:
+            cpu += unshared * (self._hashing(load) + float(stable[0] + unstable[0]))
+        else:
+            cpu += unshared * self.cost.skip_ns * 1e-9
+        visits = merged + unshared if tried else merged
         return (self.wall(visits, cpu / visits), cpu) if visits > 0 else (0.0, 0.0)
 
     def one_more(self, load: Load, share: float) -> float:
-        """Seconds from the boot of the last VM of `load` until `share` (0 to 1) of what it saves is merged, on average.
+        """Seconds from the boot of the last VM of `load` until `share` (0 to 1) of what it saves is merged.
 
-        A new process is put behind all others as ksmd sees it: it is hashed a pass later and merged two passes later.
-        What it shares with a page that had no partner before waits for both to be tried in one pass, which smart
-        scan makes rare.
+        A new process is put behind all others as ksmd sees it: it is hashed a pass later and merged two passes later;
+        with smart scan, one of these may try all unshared pages, and is taken to. What it shares with a page that had
+        no partner before waits until both are tried in one pass, which with smart scan may never come: infinite.
         """
-        between = self.steady(load[:-1])[0]
+        seconds, _ = self._settled_pass(load[:-1], True)
+        waiting = seconds + (self._settled_pass(load[:-1], False)[0] if self.smart_scan else seconds)
         gained = float(load.sharing[-1] - load.sharing[-2])
         if gained <= 0:
-            return 2 * between
-        seconds, _, _ = self.cold(load[-2:])
-        own_pages = float(load.pages[-1] - load.pages[-2])
-        hashing = self._hashing(load)
-        own = self.wall(own_pages, hashing)
-        merging = float(seconds[-1] - seconds[1])
-        pairs = min(1.0, max(0.0, float(load.shared[-1] - load.shared[-2])) / gained)
-        at_once = 1 - pairs
-        if share <= at_once or not self.smart_scan:
-            return 2 * between + own + merging * share
-        late = (share - at_once) / max(pairs, 1e-9)
-        return 2 * between + own + merging + late * (_SMART_VISIT - 1) * between
+            return waiting
+        if self.smart_scan and share > 1 - min(1.0, load.paired / gained):
+            return math.inf
+        seconds_of, _, _ = self.cold(load[-2:])
+        own = self.wall(float(load.pages[-1] - load.pages[-2]), self._hashing(load))
+        merging = float(seconds_of[-1] - seconds_of[1])
+        at_once = self._known(load, gained)
+        if not self.gate_first and share * gained <= at_once:
+            return seconds + merging * share * gained / at_once
+        return waiting + own + merging * share
+
+    @staticmethod
+    def _known(load: Load, gained: float) -> float:
+        """Of the pages that the last VM gains, those whose content has a KSM frame when it boots: not zero pages, nor
+        what pairs with a page of another VM, nor copies within it of contents of its own, taken to be as many to a
+        frame as in the first VM."""
+        new = max(0.0, float(load.shared[-1] - load.shared[-2]) - load.paired)
+        merged, frames = load.sharing[1] - load.zero_merged[1], load.shared[1]
+        copies = float(merged / frames) if frames > 0 else 0.0
+        zero = float(load.zero_merged[-1] - load.zero_merged[-2])
+        return max(0.0, gained - zero - load.paired - new * copies)
+
+
+def levels(sizes: Floats, beyond: int) -> Floats:
+    """Levels of a tree beyond the first so many, on average while it grows from each size to the next; (len - 1,).
+
+    A tree of n nodes, well balanced, has as many levels as n has binary digits.
+
+    >>> levels(np.array([4.0, 8.0, 8.0]), 0).tolist(), levels(np.array([1024.0, 1024.0]), 8).tolist()
+    ([3.0, 4.0], [3.0])
+    """
+    sizes = np.maximum(np.asarray(sizes, np.float64), 0.0)
+    grows = np.diff(sizes)
+    digits = np.floor(np.log2(np.maximum(sizes, 0.5))) + 1
+    deep = np.maximum(digits - beyond, 0.0)
+    # of all smaller trees together: below a size of so many digits there are 2 ** k trees of k + 1 digits
+    total = deep * sizes - np.where(deep > 0, 2.0**digits - 2.0**beyond, 0.0)
+    found: Floats = np.where(grows > 0, np.diff(total) / np.where(grows > 0, grows, 1.0), deep[1:])
+    return found
 
 
 def reached(seconds: Floats, sharing: Floats, share: float) -> float:

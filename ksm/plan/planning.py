@@ -162,7 +162,7 @@ def _host(common: _Common, host: HostSpec) -> HostPlan:
     cost = CostModel()
     pace, pacing, _ = choose_pace(found, host, policy, cost)
     kernel = profile(host.kernel)
-    default = Pace(kernel.attributes["pages_to_scan"].default, pace.sleep_millisecs, pace.smart_scan, cost)
+    default = replace(pace, pages_to_scan=kernel.attributes["pages_to_scan"].default)
     settled = settle(found, pace)
     seen = common.given.breaking(samples.table, common.page, settled.pass_seconds, policy.zeros == "absent")
     return HostPlan(
@@ -187,9 +187,12 @@ def _confirmed(each: HostPlan, taken: Sequence[Snapshot], table: Table) -> HostP
     if not counts.any():
         return each
     tunables = {one.name: int(one.value) for one in each.tunables}
-    pace = Pace(tunables["pages_to_scan"], tunables["sleep_millisecs"], "smart_scan" in tunables)
-    rules = Rules(tunables["max_page_sharing"], bool(tunables["use_zero_pages"]))
-    check, simulated = confirm(taken, table.class_of.tolist(), counts, pace, rules, each.host.kernel)
+    kernel = profile(each.host.kernel)
+    pace = Pace(tunables["pages_to_scan"], tunables["sleep_millisecs"], kernel.smart_scan, gate_first=kernel.gate_first)
+    nodes = each.host.nodes
+    apart = 1 if tunables["merge_across_nodes"] else nodes
+    rules = Rules(tunables["max_page_sharing"], bool(tunables["use_zero_pages"]), apart)
+    check, simulated = confirm(taken, table.class_of.tolist(), counts, pace, rules, each.host.kernel, nodes)
     return replace(each, check=check, timelines=(*each.timelines, simulated))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -124,7 +124,8 @@ class Settle(_Result):
     cold: Mapping[int, float]
     """Share of the saving in percent (50, 90, 99) -> seconds after all VMs started at once."""
     one_more: Mapping[int, float]
-    """The same share of what one more VM saves -> seconds after it booted, the others settled."""
+    """The same share of what one more VM saves -> seconds after it booted, the others settled. Infinite: for some of it
+    smart scan may never try both pages in one pass."""
     pass_seconds: float
     """A pass once all is settled."""
     cpu_cold: float
@@ -161,6 +162,9 @@ class Check(_Result):
     seconds_90: tuple[float, float]
     seconds_99: tuple[float, float]
     cpu_seconds: tuple[float, float]
+    one_more: Mapping[int, tuple[float, float]] = field(default_factory=dict)
+    """Share in percent of what one more VM saves -> seconds after it booted, infinite: not while it was looked at;
+    empty if there is one VM."""
 
 
 @dataclass(frozen=True, slots=True)

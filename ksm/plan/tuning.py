@@ -34,14 +34,22 @@ def load(needs: Needs, vms: int) -> Load:
     """
     points = np.unique(np.linspace(0, vms, min(vms, _STEPS) + 1).astype(np.int64))
     if vms > 1:
-        points = np.union1d(points, [vms - 1])
+        points = np.union1d(points, [1, vms - 1])
     counts = needs.mix[points]
     growth = needs.growth
     pages = growth.pages(counts)
     frames, unshared = growth.frames(counts)
     zero = growth.zeros(counts) if growth.rules.use_zero_pages else np.zeros(len(points))
     sharing = np.maximum.accumulate(pages - frames)
-    return Load(points.astype(np.float64), pages, sharing, np.minimum(unshared, frames), zero, needs.page)
+    return Load(
+        points.astype(np.float64),
+        pages,
+        sharing,
+        np.minimum(unshared, frames),
+        zero,
+        needs.page,
+        growth.rules.separate_nodes,
+    )
 
 
 def settle(found: Load, pace: Pace) -> Settle:
@@ -155,7 +163,7 @@ def choose_pace(found: Load, host: HostSpec, policy: Policy, cost: CostModel) ->
     sleep = defaults["sleep_millisecs"]
 
     def at(pages: int) -> Settle:
-        return settle(found, Pace(pages, sleep, kernel.smart_scan, cost))
+        return settle(found, Pace(pages, sleep, kernel.smart_scan, cost, kernel.gate_first))
 
     soon = least(lambda pages: at(pages).cold[99] <= policy.settle)
     dear = least(lambda pages: at(pages).cpu_cold > policy.ksmd_cpu)
@@ -181,7 +189,7 @@ def choose_pace(found: Load, host: HostSpec, policy: Policy, cost: CostModel) ->
     ]
     if kernel.smart_scan:
         tunables.append(Tunable("smart_scan", 1, "the default: most visits to pages without a partner are saved"))
-    return Pace(pages, sleep, kernel.smart_scan, cost), tuple(tunables), met
+    return Pace(pages, sleep, kernel.smart_scan, cost, kernel.gate_first), tuple(tunables), met
 
 
 def advisor(pace: Pace, policy: Policy, kernel: Profile) -> tuple[Tunable, ...]:
