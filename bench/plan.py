@@ -8,7 +8,8 @@
 Again and again some are drawn as samples, a plan is made, others are drawn as the VMs to come, and their frames are
 counted in closed form, which the kernel's counters agree with. Shown are the mean and the largest error of the
 predicted frames, how many of the 90 % intervals hold the truth, and half their width. `boot.` is the same for intervals
-by a bootstrap over images instead of leaving out each in turn. Beside the plan's mixture are Chao's estimate (Chao2 of
+by a bootstrap over images instead of leaving out each in turn. `unmerged` is the mean error of the pages without any
+merging, which is that of the draws alone: VMs differ in size. Beside the plan's mixture are Chao's estimate (Chao2 of
 Q_1 and Q_2) and the straight line of Good and Turing. DIR keeps the fingerprints of what was run, to draw from again.
 """
 
@@ -26,6 +27,7 @@ import numpy.typing as npt
 from bench import guest_work, population
 from ksm.cli.crew import KINDS, Crew
 from ksm.estimate import estimate, snapshots
+from ksm.linux import Host
 from ksm.plan.contents import Table
 from ksm.plan.growth import Accumulation, Groups, Growth, Rules, Samples, student
 from ksm.sources import Snapshot
@@ -49,7 +51,7 @@ class Case:
 def read_workers(number: int) -> list[list[Snapshot]]:
     """What the workers of each kind hold that is marked mergeable."""
     found: list[list[Snapshot]] = [[] for _ in KINDS]
-    with Crew(number) as crew:
+    with Host().lock(), Crew(number) as crew:  # they opt in to KSM
         crew.work()
         for worker in crew.workers:
             kind = KINDS.index(worker.name.split()[0])
@@ -116,6 +118,7 @@ def run(case: Case, people: Sequence[Sequence[Snapshot]], draws: int) -> dict[st
     widths: list[float] = []
     booted: tuple[list[bool], list[float]] = ([], [])
     rivals: list[list[float]] = []
+    sizes: list[float] = []
     for _ in range(draws):
         sampled: list[Snapshot] = []
         come: list[Snapshot] = []
@@ -139,6 +142,7 @@ def run(case: Case, people: Sequence[Sequence[Snapshot]], draws: int) -> dict[st
             hits.append(low <= really <= high)
             halves.append((high - low) / 2 / really)
         rivals.append([each / really - 1 for each in others(samples, counts)])
+        sizes.append(float(growth.pages(counts[None])[0]) / sum(vm.pages for vm in come) - 1)
     chao, line = np.abs(rivals).mean(axis=0)
     return {
         "mean error": float(np.abs(errors).mean()),
@@ -148,6 +152,7 @@ def run(case: Case, people: Sequence[Sequence[Snapshot]], draws: int) -> dict[st
         "half width": float(np.mean(widths)),
         "boot. cov.": float(np.mean(booted[0])),
         "boot. width": float(np.mean(booted[1])),
+        "unmerged": float(np.abs(sizes).mean()),
         "Chao2": float(chao),
         "line": float(line),
     }
@@ -206,7 +211,7 @@ def main() -> int:
 
 
 COLUMNS = (
-    "mean error", "bias", "largest", "coverage", "half width", "boot. cov.", "boot. width", "Chao2", "line"
+    "mean error", "bias", "largest", "coverage", "half width", "boot. cov.", "boot. width", "unmerged", "Chao2", "line"
 )  # fmt: skip
 
 if __name__ == "__main__":

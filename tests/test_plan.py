@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import time
 from typing import Any
 
 import numpy as np
@@ -97,6 +98,13 @@ def vm(**changes: Any) -> VMClass:
         (lambda: ksm.plan(vm(ram=PAGE), HostSpec(ram=GIB)), "a sample has 8,192 bytes"),
         (lambda: ksm.plan(vm(samples=[image()]), HostSpec(ram=GIB)), "no pages"),
         (lambda: HostSpec(ram=GIB, reserve=GIB), "leaves nothing"),
+        (lambda: HostSpec(ram=float("nan")), "ram is nan; it must be a whole number"),  # type: ignore[arg-type]
+        (lambda: HostSpec(ram=1 << 80), "no machine has that much"),
+        (lambda: HostSpec(ram=GIB, count=True), "count is True"),
+        (lambda: HostSpec(ram=GIB, swap=-1), "swap is -1 bytes"),
+        (lambda: vm(ram="4G"), "ram is 4G; it must be a whole number"),
+        (lambda: vm(samples="guest.raw"), "must be a list"),
+        (lambda: ksm.plan(vm(samples=[image(1)] * 1025), HostSpec(ram=GIB)), "1,025 samples"),
         (lambda: HostSpec(ram=GIB, nodes=0), "nodes"),
         (lambda: Policy(confidence=1.0), "confidence"),
         (lambda: Policy(broken=float("nan")), "broken"),
@@ -120,3 +128,13 @@ def test_a_tight_cpu_budget_is_kept_and_said() -> None:
     answer = ksm.plan(VMClass("web", vms), HostSpec(ram=100_000 * PAGE), policy, simulate=False).hosts[0]
     assert answer.settle.cpu_cold <= 0.05 and answer.settle.cold[99] > 0.5
     assert "not enough" in answer.tunables[0].why
+
+
+def test_huge_numbers_of_vms_end_at_a_limit() -> None:
+    """Room for 10**9 VMs: the answer comes soon, and says where it stopped looking."""
+    vms = [image(*range(50), 1000 + n) for n in range(4)]
+    began = time.monotonic()
+    answer = ksm.plan(VMClass("web", vms), HostSpec(ram=1 << 48, count=10**6), Policy(headroom=0))
+    assert time.monotonic() - began < 20
+    assert answer.hosts[0].fits.recommended == 10_000 and answer.fits == 10**10
+    assert any("looks beyond 10,000 VMs" in line for line in answer.warnings)

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+import ksm
 from ksm.cli import main
 from ksm.cli.plan import DOES_NOT_FIT, read
 
@@ -76,6 +82,29 @@ def test_a_file_of_classes_and_hosts(samples: list[str], capsys: pytest.CaptureF
         ("{classes: {a: {samples: [db.raw]}}, hosts: [{ram: 1G, nodes: x}]}", "whole number"),
         ("{classes: {a: {samples: [db.raw]}}, hosts: [{ram: 1G}], policy: {settle: soon}}", "not a duration"),
         ("{classes: {a: {samples: [db.raw], share: 50%}}, hosts: [{ram: 1G}]}", "does not sum to 1"),
+        ("{classes: {a: {samples: [db.raw], share: .nan}}, hosts: [{ram: 1G}]}", "share: nan is not a share"),
+        ("{classes: {a: {samples: [db.raw], share: -5%}}, hosts: [{ram: 1G}]}", "'-5%' is not a share"),
+        (
+            "{classes: {a: {samples: [db.raw]}, a: {samples: [web1.raw]}}, hosts: [{ram: 1G}]}",
+            "line 1: a is there twice",
+        ),
+        ("{classes: {1: {samples: [db.raw]}}, hosts: [{ram: 1G}]}", "class name 1 must be in quotes"),
+        ("{classes: {a: {samples: [db.raw]}}, hosts: [{ram: -1G}]}", "ram: '-1G' is not a size"),
+        ("{classes: {a: {samples: [db.raw]}}, hosts: [{ram: 999999999999999T}]}", "no machine has that much"),
+        ("{classes: {a: {samples: [db.raw]}}, hosts: [{ram: 1G, count: 1.5}]}", "count: 1.5 is not a whole number"),
+        ("{classes: {a: {samples: [db.raw]}}, hosts: [{ram: 1G, count: -1}]}", "-1 hosts of this kind"),
+        ("{classes: {a: {samples: [db.raw]}}, hosts: [{ram: 1G, swap: [1]}]}", "swap must be one value"),
+        ("{classes: {a: {samples: [db.raw]}}, hosts: [{ram: 1G, colour: red}]}", "colour is not known"),
+        ("{classes: {a: {samples: [db.raw]}}, hosts: [{ram: 1G, kernel: 6.10}]}", "kernel: 6.1 must be in quotes"),
+        ("{classes: {a: {samples: [db.raw]}}, hosts: [{ram: 1G, kernel: six}]}", "'six' is not a kernel version"),
+        (
+            "{classes: {a: {samples: [db.raw]}}, hosts: [{ram: 1G}], policy: {use_zero_pages: 7}}",
+            "neither true nor false",
+        ),
+        ("{classes: {a: {samples: [db.raw]}}, hosts: [{ram: 1G}], policy: {headrom: 5%}}", "headrom is not known"),
+        ("{classes: {a: {samples: [db.raw]}}, hosts: [{ram: 1G}], policy: {headroom: 100%}}", "headroom is 1"),
+        ("# " + "x" * (1 << 20), "more than 1 MiB"),
+        ("x: " + "[" * 5000, "not YAML"),
     ],
 )
 def test_bad_files(text: str, message: str, samples: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -95,8 +124,41 @@ def test_bad_files(text: str, message: str, samples: list[str], capsys: pytest.C
         (["missing.raw", "--ram", "1G"], 65),
         (["db.raw", "--ram", "1G", "--confidence", "100%"], 65),
         (["--file", "missing.yaml"], 66),
+        (["--file", "/dev/zero"], 65),
+        (["db.raw", "--ram", "1G", "--page-size", "0"], 2),
+        (["db.raw", "--ram", "1G", "--headroom", "nan"], 2),
+        (["db.raw", "--ram", "1G", "--kernel", "99"], 2),
         (["db.raw", "--file", "x.yaml"], 2),
     ],
 )
 def test_bad_arguments(arguments: list[str], code: int, samples: list[str]) -> None:
     assert main(["plan", *arguments]) == code
+
+
+def test_a_file_of_aliases_does_not_grow(samples: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    lists = "\n".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 30))
+    Path("plan.yaml").write_text(f"a0: &a0 [x]\n{lists}\nclasses: *a29\nhosts: *a29")
+    assert main(["plan", "--file", "plan.yaml"]) == 65
+    assert len(capsys.readouterr().err) < 300
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+def test_interrupted(samples: list[str]) -> None:
+    np.ones(1 << 27, np.uint8).tofile("large.raw")
+    script = "import sys; from ksm.cli import main; sys.exit(main())"
+    command = [
+        sys.executable,
+        "-c",
+        script,
+        "plan",
+        *[str(Path("large.raw").resolve())] * 300,
+        "--ram",
+        "1T",
+    ]  # 37 GiB to read
+    environment = os.environ | {"PYTHONPATH": str(Path(ksm.__file__).parents[1])}
+    with subprocess.Popen(command, cwd="/", env=environment, stdout=-1, stderr=-1, text=True) as process:
+        time.sleep(2)
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        printed, error = process.communicate(timeout=20)
+    assert process.returncode == 130 and printed == "" and "Traceback" not in error

@@ -16,6 +16,7 @@ from rich.table import Table
 from ksm.cli.common import binary, duration, out, print_json, progress
 from ksm.errors import PlanError, UnsupportedError
 from ksm.plan import HostPlan, HostSpec, Plan, Policy, VMClass, plan
+from ksm.sysfs import profile
 from ksm.units import clock
 
 DOES_NOT_FIT = 3
@@ -83,7 +84,7 @@ _SIZE, _SHARE = _Parsed("size", size), _Parsed("share", share)
 @click.option("--settle", default="30m", callback=duration, show_default=True, help="99 % merged by then, from cold.")
 @click.option("--growth", type=_SHARE, default="0", show_default=True, help="Of untouched RAM, that VMs will yet fill.")
 @click.option("--zeros", type=click.Choice(["merge", "absent"]), default="merge", show_default=True, help="In dumps.")
-@click.option("--page-size", type=int, default=None, help="Of raw images.  [default: 4096]")
+@click.option("--page-size", type=click.IntRange(256), default=None, help="Of raw images.  [default: 4096]")
 @click.option("--threads", type=click.IntRange(1), default=None, help="That hash.  [default: all CPUs]")
 @click.option("--require", type=click.IntRange(1), metavar="N", help="Exit 3 unless N VMs fit (over all hosts).")
 @click.option("--json", "as_json", is_flag=True, help="Print the answer as JSON.")
@@ -140,11 +141,40 @@ def _from_options(sources: Sequence[str], options: Mapping[str, Any]) -> tuple[l
 
 # ---- the YAML file -------------------------------------------------------------------------------------
 
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise PlanError(f"{value!r} must be in quotes (YAML takes 6.10 for 6.1)")
+    return value
+
+
+def _version(value: Any) -> str:
+    profile(_text(value))  # which knows it, or says so
+    return str(value)
+
+
+def _number(value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise PlanError(f"{value!r} is not a whole number")
+    return value
+
+
+def _flag(value: Any) -> bool:
+    if value not in (0, 1) or isinstance(value, float):
+        raise PlanError(f"{value!r} is neither true nor false")
+    return bool(value)
+
+
+_MOST_TEXT = 1 << 20  # letters in a file
+
 _READ: Mapping[str, Any] = {
     **dict.fromkeys(("ram", "reserve", "vm_overhead", "swap"), size),
     **dict.fromkeys(("share", "headroom", "broken", "confidence", "ksmd_cpu", "growth"), share),
     "settle": lambda text: duration(None, None, str(text)),
-    "kernel": str,
+    **dict.fromkeys(("count", "nodes", "max_page_sharing"), _number),
+    **dict.fromkeys(("use_zero_pages", "merge_across_nodes"), _flag),
+    **dict.fromkeys(("name", "zeros"), _text),
+    "kernel": _version,
 }
 
 
@@ -163,22 +193,29 @@ def read(file: str) -> tuple[list[VMClass], list[HostSpec], Policy]:
         import yaml
     except ImportError:
         raise UnsupportedError("plans in YAML need PyYAML: pip install 'ksm[plan]'") from None
-    try:
-        said = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        where = getattr(error, "problem_mark", None)
-        line = f", line {where.line + 1}" if where is not None else ""
-        raise PlanError(f"{file}{line}: not YAML") from None
+    with open(file, encoding="utf-8") as text:
+        try:
+            node = yaml.compose(found := text.read(_MOST_TEXT + 1), yaml.SafeLoader)
+            if len(found) > _MOST_TEXT:
+                raise PlanError(f"{file}: more than {_MOST_TEXT >> 20} MiB, this is no plan")
+            _once(file, node)
+            said = yaml.safe_load(found)
+        except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+            where = getattr(error, "problem_mark", None)
+            line = f", line {where.line + 1}" if where is not None else ""
+            raise PlanError(f"{file}{line}: not YAML") from None
     top = _mapping(file, said, {"classes", "hosts", "policy"})
     classes = []
     for name, about in _mapping(file, top.get("classes"), None).items():
+        if not isinstance(name, str):
+            raise PlanError(f"{file}: the class name {name!r} must be in quotes")
         values = _values(f"{file}: class {name}", about, {"samples", "traces", "ram", "share"})
         for what in ("samples", "traces"):
             listed = values.get(what, [])
             if not isinstance(listed, list) or not all(isinstance(each, str) for each in listed):
                 raise PlanError(f"{file}: class {name}: {what} must be a list of paths")
             values[what] = [one for each in listed for one in _found(file, each)]
-        classes.append(VMClass(str(name), **values))
+        classes.append(VMClass(name, **values))
     hosts = top.get("hosts")
     if not isinstance(hosts, list) or not hosts:
         raise PlanError(f"{file}: hosts must be a list, such as [{{ram: 64G}}]")
@@ -190,6 +227,24 @@ def read(file: str) -> tuple[list[VMClass], list[HostSpec], Policy]:
         specs.append(HostSpec(**values))
     names = {field.name for field in fields(Policy)}
     return classes, specs, Policy(**_values(f"{file}: policy", top.get("policy") or {}, names))
+
+
+def _once(file: str, top: Any) -> None:
+    """Every key is there once; YAML itself would take the last and say nothing."""
+    waiting, seen = [top], set()
+    while waiting:
+        node = waiting.pop()
+        if id(node) in seen or not isinstance(getattr(node, "value", None), list):
+            continue
+        seen.add(id(node))
+        keys: set[str] = set()
+        for item in node.value:
+            key, value = item if isinstance(item, tuple) else (None, item)
+            if key is not None and isinstance(key.value, str):
+                if key.value in keys:
+                    raise PlanError(f"{file}, line {key.start_mark.line + 1}: {key.value} is there twice")
+                keys.add(key.value)
+            waiting.append(value)
 
 
 def _mapping(where: str, said: Any, known: set[str] | None) -> dict[str, Any]:
@@ -204,13 +259,12 @@ def _mapping(where: str, said: Any, known: set[str] | None) -> dict[str, Any]:
 def _values(where: str, said: Any, known: set[str]) -> dict[str, Any]:
     values = {}
     for key, value in _mapping(where, said, known).items():
+        if isinstance(value, list | dict) and key not in ("samples", "traces"):
+            raise PlanError(f"{where}: {key} must be one value")
         try:
             values[key] = _READ[key](value) if key in _READ else value
-        except (PlanError, click.BadParameter) as error:
+        except (PlanError, click.BadParameter, ValueError) as error:
             raise PlanError(f"{where}: {key}: {error}") from None
-        whole = key in ("count", "nodes", "max_page_sharing")
-        if whole and (not isinstance(value, int) or isinstance(value, bool)):
-            raise PlanError(f"{where}: {key} is {value!r}; it must be a whole number")
     return values
 
 

@@ -14,7 +14,7 @@ from ksm.sources import Snapshot
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 
-_CHUNK = 1 << 18  # contents of which a dense row is made at a time
+_CHUNK = 1 << 24  # numbers in the dense rows that are made at a time
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -132,8 +132,9 @@ class Table:
         """(images, images) pages of the row's image whose content the column's has; zero pages apart."""
         shared = np.flatnonzero(np.diff(self.starts) > 1)
         found = np.zeros((self.images, self.images))
-        for at in range(0, len(shared), _CHUNK):
-            copies = self.dense(shared[at : at + _CHUNK]).astype(np.float64)
+        rows = max(1, _CHUNK // self.images)
+        for at in range(0, len(shared), rows):
+            copies = self.dense(shared[at : at + rows]).astype(np.float64)
             found += copies.T @ (copies > 0)
         np.fill_diagonal(found, self.pages - self.zeros)
         return np.rint(found).astype(np.int64)

@@ -30,6 +30,7 @@ Floats = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
 Which = Literal["mean", "low"]
 
+_CHUNK = 1 << 23  # numbers in the dense rows that are made at a time
 _SUBSETS = 64  # of samples, over which the frames of contents beyond max_page_sharing are averaged
 
 
@@ -331,8 +332,9 @@ def _heavy(table: Table, limit: int, most: Ints, sizes: Ints) -> tuple[Ints, Flo
     numbers: Floats = np.empty(0)
     part = np.zeros(table.images, np.int64)
     mixer = np.random.default_rng(1).integers(1, 1 << 62, table.images) * 2 + 1
-    for at in range(0, len(which), 1 << 17):
-        dense = table.dense(which[at : at + (1 << 17)])
+    step = max(1, _CHUNK // table.images)
+    for at in range(0, len(which), step):
+        dense = table.dense(which[at : at + step])
         part += dense.sum(axis=0)
         for c in range(len(sizes)):
             columns = table.class_of == c

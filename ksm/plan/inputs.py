@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -18,7 +19,21 @@ if TYPE_CHECKING:
 MAX_VMS = 10_000
 """No plan looks beyond so many VMs a host."""
 
+MAX_SAMPLES = 1_024
+"""No plan takes more samples."""
+
 _MOST_SHARING = (1 << 31) - 1
+_MOST = 1 << 60
+
+
+def _whole(where: str, given: object, *names: str) -> None:
+    """Bytes and numbers of things are whole, and none is beyond what a machine can have."""
+    for name in names:
+        value = getattr(given, name)
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+            raise PlanError(f"{where}: {name} is {value}; it must be a whole number")
+        if abs(int(value)) > _MOST:
+            raise PlanError(f"{where}: {name} is {int(value):.3g}; no machine has that much")
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +77,10 @@ class VMClass:
             raise PlanError(
                 f"class {self.name} has no samples: a plan needs at least one, and two to say more than bounds"
             )
-        if self.ram is not None and self.ram <= 0:
-            raise PlanError(f"class {self.name}: a VM of {self.ram} bytes of RAM")
+        if self.ram is not None:
+            _whole(f"class {self.name}", self, "ram")
+            if self.ram <= 0:
+                raise PlanError(f"class {self.name}: a VM of {self.ram} bytes of RAM")
         if self.share is not None and not (math.isfinite(self.share) and 0 < self.share <= 1):
             raise PlanError(f"class {self.name}: its share of the mix is {self.share:g}; it must be above 0, at most 1")
 
@@ -99,6 +116,7 @@ class HostSpec:
     kernel: str = "6.18"
 
     def __post_init__(self) -> None:
+        _whole(self.name, self, "ram", "count", "nodes", "reserve", "vm_overhead", "swap")
         if self.ram <= 0:
             raise PlanError(f"{self.name}: {self.ram} bytes of RAM")
         for what in ("reserve", "vm_overhead", "swap"):

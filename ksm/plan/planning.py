@@ -16,7 +16,7 @@ from ksm.plan.confirm import confirm
 from ksm.plan.contents import Table
 from ksm.plan.given import Given
 from ksm.plan.growth import Rules, Samples
-from ksm.plan.inputs import HostSpec, Policy, VMClass, shares
+from ksm.plan.inputs import MAX_SAMPLES, MAX_VMS, HostSpec, Policy, VMClass, shares
 from ksm.plan.needs import Needs, reach
 from ksm.plan.pace import Pace
 from ksm.plan.result import ClassSummary, Composition, Curve, HostPlan, Plan
@@ -69,6 +69,10 @@ def plan(
     if not hosts:
         raise PlanError("no hosts: there is nowhere to put the VMs")
     given = Given.of(classes)
+    if len(given.sources) > MAX_SAMPLES:
+        raise PlanError(
+            f"{len(given.sources):,} samples; a plan takes {MAX_SAMPLES:,} at the most: draw some at random"
+        )
     taken = snapshots(given.sources, page_size, False, threads, progress)
     page = taken[0].page_size
     for image, index in zip(taken, given.class_of, strict=True):
@@ -278,6 +282,8 @@ def _warnings(classes: Sequence[ClassSummary], hosts: Sequence[HostPlan], policy
             found.append(f"Class {each.name} has two samples: the intervals are wide; a third narrows them most.")
     found += [f"{path} is too short to tell how fast sharing breaks: it takes a minute." for path in given.too_short]
     for host in hosts:
+        if int(host.curve.vms[-1]) == host.fits.recommended == MAX_VMS:
+            found.append(f"{host.host.name}: more may fit: no plan looks beyond {MAX_VMS:,} VMs a host.")
         if host.risk is not None and host.risk.worst > policy.broken:
             found.append(
                 f"{host.host.name}: in the worst minute recorded {host.risk.worst:.1%} of the merged pages were "
