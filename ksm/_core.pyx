@@ -54,7 +54,7 @@ from ksm._cy.contents cimport (
     BETWEEN, COUNTED, PAGES, SHARED, SHARING, UNSHARED, WITHIN, ZEROS, Contents, contents_free, contents_reserve,
     contents_visit)
 from ksm._cy.xxh3 cimport (
-    XXH3_FORM_BEST, XXH3_FORM_NEON, XXH3_FORM_SCALAR, XXH3_FORM_SSE2, fingerprint_run_form, xxh3_forms)
+    XXH3_FORM_AVX2, XXH3_FORM_BEST, XXH3_FORM_NEON, XXH3_FORM_SCALAR, XXH3_FORM_SSE2, fingerprint_run_form, xxh3_has)
 
 from ksm.errors import NoPageBytesError
 
@@ -140,26 +140,6 @@ cdef class Engine:
         free(self.m.zero)
         table_free(&self.m.stable_table)
         table_free(&self.m.unstable_table)
-
-    # ---- contents ----------------------------------------------------------------------------
-
-    # ---- frames ------------------------------------------------------------------------------
-
-    # ---- blocks and slots ----------------------------------------------------------------------
-
-    # ---- rmap items ----------------------------------------------------------------------------
-
-    # ---- stable trees --------------------------------------------------------------------------
-
-    # ---- unstable trees ------------------------------------------------------------------------
-
-    # ---- one visit -----------------------------------------------------------------------------
-
-    # ---- NUMA: KSM frames that lie on another node than their tree -------------------------------
-
-    # ---- ksmd's walk ---------------------------------------------------------------------------
-
-    # ---- what processes do with their memory -----------------------------------------------------
 
     # ---- tunables and counters, under their names in the kernel's files -----------------------------
 
@@ -882,21 +862,16 @@ cdef object dump_node(const Node *t, uint32_t n):
 
 # ---- fingerprints, without any engine ----------------------------------------------------------
 
-_FORMS = {"scalar": XXH3_FORM_SCALAR, "sse2": XXH3_FORM_SSE2, "neon": XXH3_FORM_NEON}
+_FORMS = {"avx2": XXH3_FORM_AVX2, "sse2": XXH3_FORM_SSE2, "neon": XXH3_FORM_NEON, "scalar": XXH3_FORM_SCALAR}
 
 
 def fingerprint_forms():
-    """The forms of the hash that were compiled in, best first.
+    """The forms of the hash that this build has and this processor runs, best first.
 
     >>> fingerprint_forms()[-1]
     'scalar'
     """
-    cdef int i = 0
-    names = []
-    while xxh3_forms[i]:
-        names += [name for name, form in _FORMS.items() if form == xxh3_forms[i]]
-        i += 1
-    return tuple(names)
+    return tuple(name for name, form in _FORMS.items() if xxh3_has(form))
 
 
 def fingerprint_pages(const uint8_t[:, ::1] pages not None, uint64_t[:, ::1] out not None,
