@@ -37,6 +37,7 @@ from ksm._cy.faults cimport evict, found_by_reclaim, own_frame, swap_in, unmerge
 from ksm._cy.frames cimport (
     content_hash, find_block, find_slot, frame_gone, frame_new, has_room, home_node, keep_origins, make_slot, mark_slot,
     set_slot, slot_frame, swapped, sweep_blocks)
+from ksm._cy.memory cimport release
 from ksm._cy.page cimport page_is_zero
 from ksm._cy.rbtree cimport Node, rb_is_red, rb_parent
 from ksm._cy.slots cimport drop_all_items, split_huge, vacate
@@ -107,7 +108,6 @@ cdef class Engine:
         memset(&self.m.spaces[0], 0, sizeof(Space))
         memset(&self.m.stable[0], 0, sizeof(StableNode))
         memset(&self.m.places[0], 0, sizeof(Node))
-        memset(&self.m.links[0], 0, sizeof(Node))
         self.m.joined[0] = 0
         self.m.zero_hash = content_hash(&self.m, self.m.zero)
 
@@ -119,24 +119,24 @@ cdef class Engine:
         for i in range(self.m.block_count):
             free(self.m.blocks[i])
         for i in range(self.m.space_count):
-            free(self.m.spaces[i].blocks)
-        free(self.m.blocks)
+            release(self.m.spaces[i].blocks, self.m.spaces[i].capacity * sizeof(uint32_t))
+        release(self.m.blocks, self.m.block_capacity * sizeof(Block *))
         free(self.m.homes)
-        free(self.m.free_blocks)
-        free(self.m.frames)
-        free(self.m.spaces)
-        free(self.m.stable)
-        free(self.m.places)
-        free(self.m.joined)
-        free(self.m.links)
-        free(self.m.origins)
-        free(self.m.joined_nid)
+        release(self.m.free_blocks, self.m.free_blocks_capacity * sizeof(uint32_t))
+        release(self.m.frames, self.m.frame_capacity * sizeof(Frame))
+        release(self.m.spaces, self.m.space_capacity * sizeof(Space))
+        release(self.m.stable, self.m.stable_capacity * sizeof(StableNode))
+        release(self.m.places, self.m.place_capacity * sizeof(Node))
+        release(self.m.joined, self.m.joined_capacity * sizeof(uint32_t))
+        release(self.m.links, self.m.link_capacity * sizeof(Node))
+        release(self.m.origins, self.m.origin_capacity * sizeof(Origin))
+        release(self.m.joined_nid, self.m.nid_capacity * sizeof(uint8_t))
         free(self.m.stable_roots)
         free(self.m.unstable_roots)
         free(self.m.stable_sizes)
         free(self.m.unstable_sizes)
-        free(self.m.pending)
-        free(self.m.erased)
+        release(self.m.pending, self.m.pending_capacity * sizeof(uint32_t))
+        release(self.m.erased, self.m.erased_capacity * sizeof(Erased))
         free(self.m.zero)
         table_free(&self.m.stable_table)
         table_free(&self.m.unstable_table)

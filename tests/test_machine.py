@@ -520,3 +520,27 @@ def test_made_up_fingerprints_of_small_numbers(index: str) -> None:
         assert (m.ksm.pages_shared, m.ksm.pages_volatile) == (0, 60_000)
         m.ksmd.scan()
         assert (m.ksm.pages_shared, m.ksm.pages_sharing) == (30_000, 30_000)
+
+
+def test_arrays_that_outgrow_the_allocator() -> None:
+    """Frames, nodes and tables of a machine this large are mapped on their own, and move as they grow."""
+    n = 700_000
+    words = np.arange(2 * n, dtype=np.uint64).reshape(n, 2)
+    words[::7] = words[::7] % np.uint64(5000)
+    image = ksm.Fingerprints(words)
+    expected = ksm.estimate([image], threads=1)
+    m = ksm.Machine()
+    p = m.spawn("a")
+    parts = [p.mmap(ksm.Fingerprints(words[at : at + n // 4])) for at in range(0, n, n // 4)]  # the arrays grow in steps
+    for part in parts:
+        p.madvise(part, n // 4 * PAGE, ksm.MADV_MERGEABLE)
+    m.ksm.run = 1
+    for _ in range(2):
+        m.ksmd.scan()
+    settled = (expected.pages_shared, expected.pages_sharing, expected.pages_unshared)
+    assert (m.ksm.pages_shared, m.ksm.pages_sharing, m.ksm.pages_unshared) == settled
+    # A write to a page in the unstable tree makes the next pass walk the trees: they are built, and searched.
+    p.write(parts[2] + PAGE, ksm.Fingerprints(words[-2:-1]))
+    for _ in range(2):
+        m.ksmd.scan()
+    assert (m.ksm.pages_shared, m.ksm.pages_sharing) == (settled[0] + 1, settled[1] + 1)

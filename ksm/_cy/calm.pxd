@@ -25,6 +25,7 @@ cdef inline void start_calm(Store *m) noexcept nogil:
     if not m.calm_valid:
         m.calm_valid = calm_is_distinct(m)
     m.implicit = m.calm_valid
+    m.implicit_most = m.rmap_items
 
 
 cdef inline bint calm_is_distinct(Store *m) noexcept nogil:

@@ -8,9 +8,8 @@ are sharing; the last run may have one page only, which is unshared until a seco
 """
 
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
-from libc.stdlib cimport calloc, free, realloc
 
-from ksm._cy.memory cimport fetch, huge
+from ksm._cy.memory cimport fetch, release, resize, zeroed
 
 cdef enum:
     FAR = 32        # pages ahead whose table entry is fetched
@@ -43,8 +42,8 @@ ctypedef struct Contents:
 
 
 cdef inline void contents_free(Contents *c) noexcept nogil:
-    free(c.entries)
-    free(c.all)
+    release(c.entries, (c.mask + 1) * sizeof(uint64_t) if c.entries != NULL else 0)
+    release(c.all, c.capacity * sizeof(Content))
     c.entries = NULL
     c.all = NULL
     c.count = c.capacity = 0
@@ -61,17 +60,16 @@ cdef inline int contents_reserve(Contents *c, uint64_t extra) noexcept nogil:
         return -1
     if wanted > c.capacity:
         wanted += c.capacity
-        grown = <Content *>realloc(c.all, wanted * sizeof(Content))
+        grown = <Content *>resize(c.all, c.capacity * sizeof(Content), wanted * sizeof(Content))
         if grown == NULL:
             return -1
-        huge(grown, wanted * sizeof(Content))
         c.all = grown
         c.capacity = wanted
     if (c.count + extra) * 2 <= size:
         return 0
     while larger < (c.count + extra) * 2:
         larger *= 2
-    entries = <uint64_t *>huge(calloc(larger, sizeof(uint64_t)), larger * sizeof(uint64_t))
+    entries = <uint64_t *>zeroed(larger * sizeof(uint64_t))
     if entries == NULL:
         return -1
     for i in range(size):
@@ -80,7 +78,7 @@ cdef inline int contents_reserve(Contents *c, uint64_t extra) noexcept nogil:
             while entries[at]:
                 at = (at + 1) & (larger - 1)
             entries[at] = c.entries[i]
-    free(c.entries)
+    release(c.entries, size * sizeof(uint64_t))
     c.entries = entries
     c.mask = larger - 1
     return 0

@@ -2,8 +2,8 @@
 """The engine's state in one struct, its codes, and the arrays that grow; index 0 means "none" in each."""
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
-from libc.stdlib cimport realloc
 
+from ksm._cy.memory cimport resize
 from ksm._cy.rbtree cimport INDEX, Node
 from ksm._cy.table cimport Table
 from ksm._cy.types cimport SLOTS, Block, Frame, Origin, Space, StableNode
@@ -115,6 +115,7 @@ ctypedef struct Store:
     Erased *erased
     uint32_t erased_count, erased_capacity, erased_done
     bint implicit  # only calm slots have joined so far: their states say which, nothing else does
+    uint64_t implicit_most  # how many these can be: the rmap items at the start of the pass
     bint calm_valid  # no two calm slots, and no calm slot and a node with room, have equal content
     bint unstable_changed  # something in the unstable trees changed: walk them
     bint check_all  # a shared frame became KSM: trust no unstable node
@@ -150,7 +151,7 @@ cdef inline int grow(void **array, uint32_t *capacity, uint64_t wanted, size_t s
         roomy = INDEX
         if wanted > roomy:
             return NO_MEMORY
-    moved = realloc(array[0], roomy * size)
+    moved = resize(array[0], capacity[0] * size, roomy * size)
     if moved == NULL:
         return NO_MEMORY
     array[0] = moved

@@ -7,10 +7,9 @@ where a search starts.
 """
 
 from libc.stdint cimport uint32_t, uint64_t
-from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 
-from ksm._cy.memory cimport fetch
+from ksm._cy.memory cimport fetch, release, zeroed
 
 cdef enum:
     DELETED = 0xffffffffu
@@ -22,7 +21,7 @@ ctypedef struct Table:
 
 
 cdef inline void table_free(Table *t) noexcept nogil:
-    free(t.entries)
+    release(t.entries, t.capacity * sizeof(uint64_t))
     t.entries = NULL
     t.capacity = t.used = 0
 
@@ -52,17 +51,19 @@ cdef inline void table_link(Table *t, uint64_t entry) noexcept nogil:
 
 
 cdef inline int table_reserve(Table *t, uint64_t extra) noexcept nogil:
-    """Room for `extra` more entries at a load of at most 5/6; -1: out of memory, nothing changed."""
-    cdef uint64_t capacity = t.capacity
+    """Room for `extra` more entries at a load of at most 9/10; -1: out of memory, nothing changed."""
+    cdef uint64_t capacity = t.capacity, had = t.capacity
     cdef uint64_t *old = t.entries
     cdef uint64_t i
-    if (t.used + extra) * 6 <= capacity * 5:
+    if (t.used + extra) * 10 <= capacity * 9:
         return 0
     cdef uint64_t live = 0
+    if t.used == 0:
+        capacity = 0    # nothing to move
     for i in range(capacity):
         live += old[i] != 0 and <uint32_t>old[i] != DELETED
-    cdef uint64_t wanted = (live + extra) * 5 // 3 + 256
-    cdef uint64_t *entries = <uint64_t *>calloc(wanted, sizeof(uint64_t))
+    cdef uint64_t wanted = max((live + extra) * 10 // 9, live * 5 // 3) + 256
+    cdef uint64_t *entries = <uint64_t *>zeroed(wanted * sizeof(uint64_t))
     if entries == NULL:
         return -1
     t.entries = entries
@@ -71,7 +72,7 @@ cdef inline int table_reserve(Table *t, uint64_t extra) noexcept nogil:
     for i in range(capacity):
         if old[i] != 0 and <uint32_t>old[i] != DELETED:
             table_link(t, old[i])
-    free(old)
+    release(old, had * sizeof(uint64_t))
     return 0
 
 

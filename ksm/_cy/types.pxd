@@ -6,6 +6,10 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 cdef enum:
     SLOTS = 64          # slots of a block: one bit each in its masks
 
+    # Block.smart. The kernel's age goes on to 255, but beyond 8 nothing depends on it.
+    OLD = 15
+    ONE_SKIP = 16
+
     # What Block.frame holds for slots that map no anonymous frame.
     NOTHING = 0         # never touched, or unmapped
     ZERO_PAGE = 1       # the shared zero page, mapped by a read or by a huge page's split
@@ -52,8 +56,7 @@ ctypedef struct Block:
     uint32_t next[64]           # rmap item: neighbours on its stable node
     uint32_t prev[64]
     uint8_t state[64]
-    uint8_t age[64]
-    uint8_t skips[64]
+    uint8_t smart[64]           # rmap item, for smart scan: its age, at most OLD, and visits to skip * ONE_SKIP
 
 
 ctypedef struct Frame:

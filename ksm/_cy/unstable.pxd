@@ -8,6 +8,7 @@ who joined, in the order of the walk. The log and the table are made up for when
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
 from ksm._cy.frames cimport compare, compare_at, frame_hash, frame_unpin, mergeable, same_content, slot_frame
+from ksm._cy.memory cimport release, zeroed
 from ksm._cy.page cimport prefix_key
 from ksm._cy.rbtree cimport INDEX, VALUE_FLAG, Node, rb_erase, rb_insert
 from ksm._cy.stable cimport table_key
@@ -31,12 +32,29 @@ cdef inline uint8_t nid_of_joined(Store *m, uint32_t node) noexcept nogil:
 cdef inline int reserve_joined(Store *m, uint64_t extra) noexcept nogil:
     """Room for `extra` more nodes in the log, the trees and the table; -1: no memory."""
     cdef uint64_t wanted = m.joined_count + extra
+    if m.built <= 1 and fresh_links(m, wanted) < 0:
+        return NO_MEMORY
     if (grow(<void **>&m.joined, &m.joined_capacity, wanted, sizeof(uint32_t)) < 0 or
             grow(<void **>&m.links, &m.link_capacity, wanted, sizeof(Node)) < 0):
         return NO_MEMORY
     if m.nodes > 1 and grow(<void **>&m.joined_nid, &m.nid_capacity, wanted, 1) < 0:
         return NO_MEMORY
     return table_reserve(&m.unstable_table, extra)
+
+
+cdef inline int fresh_links(Store *m, uint64_t wanted) noexcept nogil:
+    """Room for the trees while nothing is in them: nothing is moved, and so nothing touched."""
+    cdef uint64_t roomy = min(wanted + (wanted >> 1), <uint64_t>INDEX)
+    cdef Node *links
+    if wanted <= m.link_capacity or wanted > roomy:
+        return 0
+    links = <Node *>zeroed(roomy * sizeof(Node))
+    if links == NULL:
+        return NO_MEMORY
+    release(m.links, m.link_capacity * sizeof(Node))
+    m.links = links
+    m.link_capacity = <uint32_t>roomy
+    return 0
 
 
 cdef inline void clear_unstable(Store *m) noexcept nogil:

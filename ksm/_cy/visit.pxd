@@ -10,7 +10,8 @@ from ksm._cy.slots cimport leave_tree, one_huge_page, remap, split_huge, vacate
 from ksm._cy.stable cimport hang, misplaced, place_migrating, stable_insert, stable_search, start_migrating
 from ksm._cy.store cimport Store, Erased, NO_MEMORY, SEARCH_GIVEN_UP, NOT_FOUND, grow
 from ksm._cy.table cimport table_reserve
-from ksm._cy.types cimport DIRTY, FIRST_FRAME, IN_STABLE, KSM, KSM_ZERO, ZERO_PAGE, MIGRATING, Block, StableNode
+from ksm._cy.types cimport (
+    DIRTY, FIRST_FRAME, IN_STABLE, KSM, KSM_ZERO, MIGRATING, OLD, ONE_SKIP, ZERO_PAGE, Block, StableNode)
 from ksm._cy.unstable cimport build_unstable, reserve_joined, touch_unstable, unstable_search
 
 
@@ -33,20 +34,19 @@ cdef inline int reserve(Store *m) noexcept nogil:
             return NO_MEMORY
     if table_reserve(&m.stable_table, 1) < 0:
         return NO_MEMORY
-    return reserve_joined(m, m.rmap_items + 1 if m.implicit else 1)
+    return reserve_joined(m, m.implicit_most + 1 if m.implicit else 1)
 
 
 cdef inline bint skip(Store *m, Block *b, uint32_t i) noexcept nogil:
     """Smart scan: age the item of a slot that maps no KSM frame; whether this visit is skipped."""
-    cdef uint8_t age = b.age[i]
-    if age < 255:
-        b.age[i] = age + 1
+    cdef uint8_t age = b.smart[i] & OLD
+    b.smart[i] += age < OLD
     if age < 3:
         return False
-    if b.skips[i] == 0:
-        b.skips[i] = 1 if age <= 3 else 2 if age <= 5 else 4 if age <= 8 else 8
+    if b.smart[i] < ONE_SKIP:
+        b.smart[i] += ONE_SKIP * (1 if age <= 3 else 2 if age <= 5 else 4 if age <= 8 else 8)
         return False
-    b.skips[i] -= 1
+    b.smart[i] -= ONE_SKIP
     m.pages_skipped += 1
     return True
 

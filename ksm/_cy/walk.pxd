@@ -3,12 +3,13 @@
 
 from libc.stdint cimport uint32_t, uint64_t
 
+from ksm._cy.ahead cimport look_ahead
 from ksm._cy.calm cimport block_is_calm, scan_calm, start_calm
 from ksm._cy.frames cimport find_block, sweep_blocks
 from ksm._cy.memory cimport fetch
 from ksm._cy.slots cimport drop_all_items, drop_items, leave_tree
 from ksm._cy.stable cimport drop_node, note_due_chains
-from ksm._cy.store cimport Store, NO_MEMORY, BUDGET_SPENT, PASS_ENDED, IDLE, below, ctz64, popcount64
+from ksm._cy.store cimport Store, NO_MEMORY, NO_SLOT, BUDGET_SPENT, PASS_ENDED, IDLE, below, ctz64, popcount64
 from ksm._cy.types cimport IN_NONE, KSM, SLOTS, Block, Space
 from ksm._cy.unstable cimport clear_unstable
 from ksm._cy.visit cimport reserve, skip, visit
@@ -55,6 +56,7 @@ cdef inline int scan_space(Store *m, uint64_t *budget) noexcept nogil:
     cdef uint32_t at = find_block(m, space, m.cursor_vpn), id, i
     cdef Block *b
     cdef uint64_t bits, from_here, quiet
+    cdef uint32_t ahead = NO_SLOT
     while at < space.count:
         id = space.blocks[at]
         b = m.blocks[id]
@@ -81,6 +83,9 @@ cdef inline int scan_space(Store *m, uint64_t *budget) noexcept nogil:
             m.cursor_vpn = b.vpn + SLOTS
             at += 1
             continue
+        if id != ahead:
+            look_ahead(m, b, bits & b.item)
+            ahead = id
         i = ctz64(bits)
         if b.item & from_here & below(i):
             drop_items(m, b, id, from_here & below(i))
@@ -88,7 +93,7 @@ cdef inline int scan_space(Store *m, uint64_t *budget) noexcept nogil:
             b.item |= <uint64_t>1 << i
             b.state[i] = IN_NONE
             b.checksum[i] = 0
-            b.age[i] = b.skips[i] = 0
+            b.smart[i] = 0
             space.items += 1
             m.rmap_items += 1
         m.cursor_vpn = b.vpn + i + 1

@@ -195,7 +195,8 @@ cdef extern from *:
         }
         for (int i = 0; i < 2; i++) {
             __m256i *at = (__m256i *)acc + i, other = _mm256_shuffle_epi32(sums.lanes[i], _MM_SHUFFLE(1, 0, 3, 2));
-            _mm256_storeu_si256(at, _mm256_add_epi64(_mm256_loadu_si256(at), _mm256_add_epi64(sums.products[i], other)));
+            other = _mm256_add_epi64(sums.products[i], other);
+            _mm256_storeu_si256(at, _mm256_add_epi64(_mm256_loadu_si256(at), other));
         }
     }
 
