@@ -22,6 +22,7 @@ directives = {
     "initializedcheck": DEBUG,
 }
 compile_args = ["-O1", "-g", "-UNDEBUG"] if DEBUG else ["-O3"]
+compile_args.append("-ffp-contract=off")  # or else simulated time would differ between processors
 link_args = []
 if SANITIZE:
     sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]

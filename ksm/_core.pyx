@@ -33,6 +33,7 @@ from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 
+from ksm._cy.clock cimport COSTS, Clock, batch, run_until
 from ksm._cy.faults cimport evict, found_by_reclaim, own_frame, swap_in, unmerge_block
 from ksm._cy.frames cimport (
     content_hash, find_block, find_slot, frame_gone, frame_new, has_room, home_node, keep_origins, make_slot, mark_slot,
@@ -50,7 +51,7 @@ from ksm._cy.types cimport (
     Block, Frame, Origin, Space, StableNode)
 from ksm._cy.unstable cimport build_unstable, clear_unstable, make_explicit, touch_unstable, unstable_state
 from ksm._cy.visit cimport reserve
-from ksm._cy.walk cimport link_space, scan, unlink_space, unregister
+from ksm._cy.walk cimport link_space, unlink_space, unregister
 from ksm._cy.contents cimport (
     BETWEEN, COUNTED, PAGES, SHARED, SHARING, UNSHARED, WITHIN, ZEROS, Contents, contents_free, contents_reserve,
     contents_visit)
@@ -69,6 +70,7 @@ cdef class Engine:
     """Frames, slots, rmap items and trees of one simulated machine, and ksmd's walk over them."""
 
     cdef Store m
+    cdef Clock clock
     cdef list borrowed                      # keeps the buffers alive whose pages are mapped
 
     def __cinit__(self, uint32_t page_size=4096, uint32_t nodes=1, bint hash_index=True, bint gate_first=True,
@@ -87,6 +89,7 @@ cdef class Engine:
         self.borrowed = []
         self.m.max_page_sharing = 256
         self.m.merge_across_nodes = True
+        self.clock.hz = 250
         self.m.zero = <uint8_t *>calloc(1, page_size)
         self.m.stable_roots = <uint32_t *>calloc(nodes, sizeof(uint32_t))
         self.m.unstable_roots = <uint32_t *>calloc(nodes, sizeof(uint32_t))
@@ -195,12 +198,32 @@ cdef class Engine:
         self.m.prune_ticks = value
 
     @property
-    def tick(self):
-        return self.m.tick
+    def now(self):
+        return self.clock.now
 
-    @tick.setter
-    def tick(self, value):
-        self.m.tick = value
+    @now.setter
+    def now(self, value):
+        self.clock.now = value
+
+    @property
+    def wake(self):
+        return self.clock.wake
+
+    @wake.setter
+    def wake(self, value):
+        self.clock.wake = value
+
+    @property
+    def cpu(self):
+        return self.clock.cpu
+
+    @property
+    def pass_start(self):
+        return self.clock.pass_now, self.clock.pass_cpu
+
+    @pass_start.setter
+    def pass_start(self, value):
+        self.clock.pass_now, self.clock.pass_cpu = value
 
     @property
     def pages_shared(self):
@@ -737,11 +760,30 @@ cdef class Engine:
                         found.add(slot_frame(&self.m, slot))
         return found
 
+    def set_costs(self, costs, uint64_t hz):
+        """What batches cost from now on: ns of each kind of work, in the order of `Clock.costs`; ticks a second."""
+        cdef int i
+        if len(costs) != COSTS or hz == 0:
+            raise ValueError(f"{COSTS} costs and ticks a second are wanted, not {costs} and {hz}")
+        for i in range(COSTS):
+            self.clock.costs[i] = costs[i]
+        self.clock.hz = hz
+
     def scan_batch(self, uint64_t budget):
         """One batch of at most `budget` visits: 0 budget spent, 1 the pass ended, 2 nothing registered."""
         cdef int done
         with nogil:
-            done = scan(&self.m, budget)
+            done = batch(&self.clock, &self.m, budget)
+        return self.answer(done)
+
+    def run_until(self, int64_t end, uint64_t budget, uint64_t ticks, bint by_pass):
+        """Batches with sleeps of `ticks` between them, before `end`, 2**18 visits or 2**16 batches at a time.
+
+        1 a pass ended, and `by_pass` is set; 2 nothing is registered; 3 time is up; 4 there is more to do.
+        """
+        cdef int done
+        with nogil:
+            done = run_until(&self.clock, &self.m, end, budget, ticks, by_pass)
         return self.answer(done)
 
     def unmerge_all(self, marked):

@@ -20,11 +20,13 @@ Marked = Mapping[int, Sequence[tuple[int, int, int]]]
 
 _NS = 1_000_000_000
 _UNLIMITED = 1 << 62  # a batch this long ends with its pass
+_END_OF_TIME = 1 << 62  # virtual ns: 146 years
 _SLICE = 1 << 18  # visits between two looks for Ctrl-C
 
-# The outcomes of Engine.scan_batch.
+# The outcomes of Engine.scan_batch and run_until.
 _PASS_ENDED = 1
 _IDLE = 2
+_TIME_IS_UP = 3
 
 
 class Ksmd:
@@ -46,10 +48,7 @@ class Ksmd:
         self._kernel = kernel
         self._values = {a.name: a.default for a in kernel.attributes.values() if a.writable}
         self.cost = CostModel()
-        self._now = 0  # virtual ns
-        self._wake = 0  # when the next batch starts, if ksmd is not parked
         self._parked = True
-        self._cpu = 0.0  # ns
         self._advisor = ScanTimeAdvisor()
         for name in _ENGINE_TUNABLES:
             if name in self._values:
@@ -84,25 +83,45 @@ class Ksmd:
                 return 0
             left = k
             while True:
-                done = self._batch(min(left, _SLICE))
+                done = self._engine.scan_batch(min(left, _SLICE))
+                if done == _PASS_ENDED:
+                    self._advise()
                 left = k - (self._engine.pages_scanned - before)
                 if done in (_PASS_ENDED, _IDLE) or left <= 0:
                     return self._engine.pages_scanned - before
 
-    def _batch(self, pages: int) -> int:
-        """One batch of the engine, with its CPU time and the advisor's part in it."""
-        engine = self._engine
-        engine.tick = self._now * self.cost.hz // _NS
-        before = self.work
-        if not engine.in_pass:
-            self._advisor.start(self._now, self._cpu)
-        done: int = engine.scan_batch(pages)
-        self._cpu += self.cost.of(self.work - before, engine.page_size)
-        if done == _PASS_ENDED and self._values.get("advisor_mode"):
-            self._values["pages_to_scan"] = self._advisor.stop(self._now, self._cpu, self._values)
-        return done
+    def _advise(self) -> None:
+        """The advisor's part at the end of a pass."""
+        if self._values.get("advisor_mode"):
+            engine = self._engine
+            self._advisor.start(*engine.pass_start)
+            self._values["pages_to_scan"] = self._advisor.stop(engine.now, engine.cpu, self._values)
 
     # ---- on the virtual clock --------------------------------------------------------------------
+
+    @property
+    def cost(self) -> CostModel:
+        """The cost model: `CostModel()` until another is set.
+
+        Raises:
+            ValueError: a cost is not a finite number from 0 on, or `hz` not a whole number from 1 to 1,000,000,000.
+
+        >>> from ksm import CostModel, Machine
+        >>> m = Machine()
+        >>> m.ksmd.cost = CostModel(hash_ns=1000)
+        >>> m.ksmd.cost.hash_ns
+        1000
+        """
+        return self._cost
+
+    @cost.setter
+    def cost(self, cost: CostModel) -> None:
+        costs = cost.of_each(self._engine.page_size)
+        if not all(math.isfinite(ns) and ns >= 0 for ns in costs) or cost.hz != int(cost.hz) or not 1 <= cost.hz <= _NS:
+            raise ValueError(f"costs are finite numbers from 0 on, and hz a whole one from 1 on: {cost}")
+        with self._lock:
+            self._engine.set_costs(costs, int(cost.hz))
+            self._cost = cost
 
     @property
     def now(self) -> float:
@@ -112,7 +131,7 @@ class Ksmd:
         >>> Machine().ksmd.now
         0.0
         """
-        return self._now / _NS
+        return self._engine.now / _NS
 
     @property
     def cpu_seconds(self) -> float:
@@ -122,7 +141,7 @@ class Ksmd:
         >>> Machine().ksmd.cpu_seconds
         0.0
         """
-        return self._cpu / _NS
+        return self._engine.cpu / _NS
 
     @property
     def work(self) -> Work:
@@ -156,32 +175,32 @@ class Ksmd:
         """
         if not (math.isfinite(seconds) and seconds >= 0):
             raise ValueError(f"cannot run for {seconds} seconds")
+        engine = self._engine
         with self._lock:
-            end = self._now + round(seconds * _NS)
+            end = engine.now + round(seconds * _NS)
+            if end >= _END_OF_TIME:
+                raise ValueError(f"cannot run for {seconds} seconds: that is beyond {_END_OF_TIME // _NS} seconds")
             while True:
                 if not self._runnable():
                     self._parked = True
                     break
                 if self._parked:
                     self._parked = False
-                    self._wake = self._now
-                if self._wake >= end:
+                    engine.wake = engine.now
+                advised = bool(self._values.get("advisor_mode"))
+                done = engine.run_until(end, self._values["pages_to_scan"], self._sleep_ticks(), advised)
+                if done == _TIME_IS_UP:
                     break
-                self._now = max(self._now, self._wake)
-                before = self._cpu
-                self._batch(self._values["pages_to_scan"])
-                self._wake = self._after_sleep(self._now + max(1, round(self._cpu - before)))
-            self._now = end
+                if done == _PASS_ENDED:
+                    self._advise()
+            engine.now = end
 
     def _runnable(self) -> bool:
         return self._values["run"] == 1 and self._engine.any_registered
 
-    def _after_sleep(self, ns: int) -> int:
-        """When a sleep of sleep_millisecs that begins at `ns` ends: rounded up to ticks, and on a tick."""
-        ticks = -(-self._values["sleep_millisecs"] * self.cost.hz // 1000)
-        if ticks == 0:
-            return ns
-        return -(-(ns * self.cost.hz // _NS + ticks + 1) * _NS // self.cost.hz)
+    def _sleep_ticks(self) -> int:
+        """A sleep of sleep_millisecs, rounded up to ticks."""
+        return -(-self._values["sleep_millisecs"] * int(self.cost.hz) // 1000)
 
     def run_wall(self, seconds: float, speed: float = 1.0, step: float = 0.1) -> None:
         """Follow the wall clock: simulated time passes `speed` times as fast as real time does.
@@ -195,10 +214,10 @@ class Ksmd:
         if speed <= 0 or step <= 0:
             raise ValueError("speed and step must be positive")
         start = time.monotonic()
-        first = self._now
+        first = self._engine.now
         while True:
             gone = min(time.monotonic() - start, seconds)
-            self.run_for(max(0.0, (first - self._now) / _NS + gone * speed))
+            self.run_for(max(0.0, (first - self._engine.now) / _NS + gone * speed))
             if gone >= seconds:
                 return
             time.sleep(min(step, seconds - gone))
@@ -247,9 +266,10 @@ class Ksmd:
                 if value == 2:
                     self._unmerge_all()
             elif name == "sleep_millisecs":
-                self._wake = self._now
+                self._engine.wake = self._engine.now
             elif name == "advisor_mode":
                 self._advisor = ScanTimeAdvisor()
+                self._engine.pass_start = (0, 0.0)
             elif name in _ENGINE_TUNABLES:
                 self._apply(name)
 

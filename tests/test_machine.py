@@ -531,7 +531,9 @@ def test_arrays_that_outgrow_the_allocator() -> None:
     expected = ksm.estimate([image], threads=1)
     m = ksm.Machine()
     p = m.spawn("a")
-    parts = [p.mmap(ksm.Fingerprints(words[at : at + n // 4])) for at in range(0, n, n // 4)]  # the arrays grow in steps
+    parts = [
+        p.mmap(ksm.Fingerprints(words[at : at + n // 4])) for at in range(0, n, n // 4)
+    ]  # the arrays grow in steps
     for part in parts:
         p.madvise(part, n // 4 * PAGE, ksm.MADV_MERGEABLE)
     m.ksm.run = 1
@@ -544,3 +546,23 @@ def test_arrays_that_outgrow_the_allocator() -> None:
     for _ in range(2):
         m.ksmd.scan()
     assert (m.ksm.pages_shared, m.ksm.pages_sharing) == (settled[0] + 1, settled[1] + 1)
+
+
+@pytest.mark.parametrize("leave", ["exit", "run=2"])
+def test_many_leave_the_unstable_tree_at_once(leave: str) -> None:
+    """In the middle of a pass all that joined goes: with its process, or by run=2."""
+    m = ksm.Machine()
+    p = m.spawn("a")
+    a = p.mmap(b"".join(page(n) for n in range(1, 256)))
+    p.madvise(a, 255 * PAGE, ksm.MADV_MERGEABLE)
+    m.ksm.run = 1
+    m.ksmd.scan()
+    assert m.ksmd.scan_pages(250) == 250
+    assert m.ksm.pages_unshared == 250
+    if leave == "exit":
+        p.exit()
+        m.ksmd.scan()
+    else:
+        m.ksm.run = 2
+    m.check()
+    assert m.ksm.pages_unshared == m.ksm.pages_volatile == 0

@@ -12,7 +12,7 @@ from ksm._cy.memory cimport release, zeroed
 from ksm._cy.page cimport prefix_key
 from ksm._cy.rbtree cimport INDEX, VALUE_FLAG, Node, rb_erase, rb_insert
 from ksm._cy.stable cimport table_key
-from ksm._cy.store cimport Store, SEARCH_GIVEN_UP, NO_MEMORY, NOT_FOUND, bit_length64, ctz64, grow
+from ksm._cy.store cimport Store, Erased, SEARCH_GIVEN_UP, NO_MEMORY, NOT_FOUND, bit_length64, ctz64, grow
 from ksm._cy.table cimport table_clear, table_next, table_put, table_reserve, table_start
 from ksm._cy.types cimport IN_UNSTABLE, KSM, SLOTS, Block, Space
 
@@ -112,8 +112,9 @@ cdef inline void unstable_erase(Store *m, uint32_t slot) noexcept nogil:
     nid = nid_of_joined(m, node)
     frame = slot_frame(m, slot)
     m.unstable_sizes[nid] -= 1
-    if node >= m.built and m.frames[frame].pins >= MANY_PINS:
-        build_unstable(m)
+    if node >= m.built and (m.frames[frame].pins >= MANY_PINS or grow(
+            <void **>&m.erased, &m.erased_capacity, <uint64_t>m.erased_count + 1, sizeof(Erased)) < 0):
+        build_unstable(m)   # the log cannot take it
     if node < m.built:
         rb_erase(m.links, &m.unstable_roots[nid], node)
         return

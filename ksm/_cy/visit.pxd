@@ -8,7 +8,7 @@ from ksm._cy.frames cimport (
 from ksm._cy.rbtree cimport Node
 from ksm._cy.slots cimport leave_tree, one_huge_page, remap, split_huge, vacate
 from ksm._cy.stable cimport hang, misplaced, place_migrating, stable_insert, stable_search, start_migrating
-from ksm._cy.store cimport Store, Erased, NO_MEMORY, SEARCH_GIVEN_UP, NOT_FOUND, grow
+from ksm._cy.store cimport Store, NO_MEMORY, SEARCH_GIVEN_UP, NOT_FOUND, grow
 from ksm._cy.table cimport table_reserve
 from ksm._cy.types cimport (
     DIRTY, FIRST_FRAME, IN_STABLE, KSM, KSM_ZERO, MIGRATING, OLD, ONE_SKIP, ZERO_PAGE, Block, StableNode)
@@ -23,10 +23,6 @@ cdef inline int reserve(Store *m) noexcept nogil:
             return NO_MEMORY
     if m.place_count + 1 > m.place_capacity:
         if grow(<void **>&m.places, &m.place_capacity, <uint64_t>m.place_count + 1, sizeof(Node)) < 0:
-            return NO_MEMORY
-    if m.erased_count + 1 > m.erased_capacity:
-        if grow(<void **>&m.erased, &m.erased_capacity, <uint64_t>m.erased_count + 1,
-                sizeof(Erased)) < 0:
             return NO_MEMORY
     if m.pending_count + 1 > m.pending_capacity:
         if grow(<void **>&m.pending, &m.pending_capacity, <uint64_t>m.pending_count + 1,
