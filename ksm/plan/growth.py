@@ -171,6 +171,7 @@ class Growth:
         self.rules = rules
         heavy = _heavy(self.table, rules.max_page_sharing, np.asarray(most), self.sizes)
         self._heavy, self._heavy_number, self._heavy_part = heavy
+        self._lone = _lone(self.table, rules.max_page_sharing)
         if not rules.use_zero_pages:
             self._heavy = np.concatenate((self._heavy, self.table.zeros[None]))
             self._heavy_number = np.append(self._heavy_number, 1.0)
@@ -191,9 +192,9 @@ class Growth:
         total, once = np.zeros(len(counts)), np.zeros(len(counts))
         for part in self._nodes(counts):
             distinct, alone = self.samples.all(part, which)
-            total += distinct + self._beyond_limit(part) + self._zero_frame(part)
+            total += distinct + self._beyond_limit(part) + part @ self.samples.mean(self._lone) + self._zero_frame(part)
             once += alone
-        return total, once
+        return np.minimum(total, self.pages(counts)), once
 
     def _nodes(self, counts: Ints) -> list[Ints]:
         nodes = self.rules.separate_nodes
@@ -262,7 +263,7 @@ class Growth:
                 continue
             distinct = sum(accumulation(part)[0] for part in parts)
             share = counts @ self.samples.mean(self._heavy_part, i) / heavy
-            frames[i] = distinct + limited * share + zero
+            frames[i] = distinct + limited * share + counts @ self.samples.mean(self._lone, i) + zero
             pages[i] = counts @ self.samples.mean(self.table.pages, i)
         return frames, pages
 
@@ -324,10 +325,10 @@ def _groups(table: Table) -> tuple[Groups, Floats]:
 
 
 def _heavy(table: Table, limit: int, most: Ints, sizes: Ints) -> tuple[Ints, Floats, Ints]:
-    """Contents that may have more copies than one KSM frame holds: different rows of copies (ascending within a class),
-    how many contents have each, and all their copies by image."""
+    """Contents of several images that may have more copies than one KSM frame holds: different rows of copies
+    (ascending within a class), how many contents have each, and all their copies by image."""
     reach = int(np.max(-(-most // sizes)))
-    which = np.flatnonzero(table.totals() * reach > limit)
+    which = np.flatnonzero((table.totals() * reach > limit) & (np.diff(table.starts) > 1))
     rows = np.empty((0, table.images), np.int64)
     numbers: Floats = np.empty(0)
     part = np.zeros(table.images, np.int64)
@@ -344,3 +345,10 @@ def _heavy(table: Table, limit: int, most: Ints, sizes: Ints) -> tuple[Ints, Flo
         _, first, group = np.unique(dense @ mixer, return_index=True, return_inverse=True)
         rows, numbers = dense[first], np.bincount(group, weight).astype(np.float64)
     return rows, numbers, part
+
+
+def _lone(table: Table, limit: int) -> Ints:
+    """(images,) frames beyond the first of contents that no other image has: VMs to come have others, as large."""
+    alone = table.starts[:-1][np.diff(table.starts) == 1]
+    more = -(-table.copies[alone].astype(np.int64) // limit) - 1
+    return np.bincount(table.image[alone], more, table.images).astype(np.int64)
