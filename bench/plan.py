@@ -102,16 +102,16 @@ def bootstrap(samples: Samples, counts: npt.NDArray[np.int64], rounds: int, rand
     return np.array(found)
 
 
-def by_bootstrap(samples: Samples, counts: npt.NDArray[np.int64], random: np.random.Generator) -> float:
+def by_bootstrap(samples: Samples, counts: npt.NDArray[np.int64], rounds: int, random: np.random.Generator) -> float:
     """Half an interval's width by the bootstrap's variance, used as the plan uses that of leaving out."""
     freedom = int(samples.sizes.min()) - 1
     size, number = samples.sizes.sum(), counts.sum()
-    variance = float(np.var(bootstrap(samples, counts, ROUNDS, random))) * (freedom + 1) / freedom
+    variance = float(np.var(bootstrap(samples, counts, rounds, random))) * (freedom + 1) / freedom
     return float(np.sqrt(variance * (1 + size / number)) * student((1 + CONFIDENCE) / 2, freedom))
 
 
-def run(case: Case, people: Sequence[Sequence[Snapshot]], draws: int) -> dict[str, float]:
-    """Errors and coverage of a case over draws."""
+def run(case: Case, people: Sequence[Sequence[Snapshot]], draws: int, rounds: int = 0) -> dict[str, float]:
+    """Errors and coverage of a case over draws; of so many rounds of the bootstrap, too, if there are any."""
     random = np.random.default_rng(2026)
     errors: list[float] = []
     covered: list[bool] = []
@@ -137,7 +137,10 @@ def run(case: Case, people: Sequence[Sequence[Snapshot]], draws: int) -> dict[st
         doubt = float(samples.all.doubt(counts[None])[0]) / 2
         really = truth(come)
         errors.append(predicted / really - 1)
-        for width, hits, halves in ((wide, covered, widths), (by_bootstrap(samples, counts, random), *booted)):
+        for width, hits, halves in (
+            (wide, covered, widths),
+            (by_bootstrap(samples, counts, rounds, random) if rounds else np.nan, *booted),
+        ):
             low, high = predicted - width, predicted + float(np.hypot(width, doubt))
             hits.append(low <= really <= high)
             halves.append((high - low) / 2 / really)
@@ -204,7 +207,7 @@ def main() -> int:
     print(f"{'case':24}" + "".join(f"{each:>12}" for each in COLUMNS))
     missed = 0
     for case in cases:
-        found = run(case, people, how.draws)
+        found = run(case, people, how.draws, ROUNDS)
         missed += found["mean error"] > AIM_ERROR or not AIM_COVERAGE[0] <= found["coverage"] <= AIM_COVERAGE[1]
         print(f"{case.name:24}" + "".join(f"{found[each]:12.2%}" for each in COLUMNS), flush=True)
     return 1 if how.check and missed else 0

@@ -40,6 +40,12 @@ def test_intervals_hold_the_truth() -> None:
     assert found["coverage"] > 0.8 and found["half width"] < 0.1
 
 
+def test_a_bootstrap_takes_what_is_drawn_twice_for_shared() -> None:
+    """Why intervals come from leaving samples out: images drawn twice seem to share all they have."""
+    found = plan.run(plan.Case("8 from 3", (3,), (8,)), [population(11, 1)], draws=4, rounds=20)
+    assert found["boot. width"] > 5 * found["half width"] > 0
+
+
 def test_contents_of_their_own_grow_in_proportion_and_common_ones_do_not() -> None:
     """What an estimator made for pools of species cannot tell apart."""
     ways = (6, 15, 20, 15, 6, 1)
