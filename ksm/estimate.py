@@ -13,9 +13,11 @@ import numpy.typing as npt
 from ksm import sources
 from ksm._core import Settling
 from ksm.constants import RMAP_ITEM_BYTES
+from ksm.html import table
 from ksm.pages import Fingerprints, as_pages, zero_words
 from ksm.sources.image import ArrayImage, Image
 from ksm.sources.snapshot import Snapshot
+from ksm.units import binary
 
 Source: TypeAlias = (
     "str | os.PathLike[str] | Image | Snapshot | Fingerprints | npt.NDArray[Any] | bytes | bytearray | memoryview"
@@ -135,6 +137,15 @@ class Estimate(Counts):
             "sources": [source.to_dict() for source in self.sources],
             "assumed": list(self.assumed),
         }
+
+    def _repr_html_(self) -> str:
+        def row(each: Counts) -> tuple[str, ...]:
+            counts = (each.pages, each.pages_shared, each.pages_sharing, each.pages_unshared, each.ksm_zero_pages)
+            return (each.name, *(f"{n:,}" for n in counts), binary(each.saved_bytes), binary(each.general_profit))
+
+        columns = ("source", "pages", "shared", "sharing", "unshared", "zero", "saved", "profit")
+        total = ("total", *row(self)[1:])
+        return table(columns, [*map(row, self.sources), total])
 
 
 def estimate(

@@ -41,7 +41,14 @@ def samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_table_verdict_and_next_command(samples: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", *samples, "--ram", "32M"]) == 0
     printed = capsys.readouterr().out
-    for part in ("VMs without KSM", "pages_to_scan", "VMs fit on host", "Assumed: ", "Next: ksm plan"):
+    for part in (
+        "VMs without KSM",
+        "pages_to_scan",
+        "VMs fit on host",
+        "Assumed: ",
+        "Next: ksm report",
+        "In CI: ksm plan",
+    ):
         assert part in printed
 
 

@@ -33,6 +33,7 @@ _COMMANDS: Mapping[str, str] = MappingProxyType(
         "formats": "The memory images and other sources that are understood.",
         "info": "What a memory image is, and what is in it.",
         "plan": "How many VMs fit on a host, from samples of their memory.",
+        "report": "A plan as a page with charts and what-if controls, in one file.",
         "run": "Run a program with its memory opted in to KSM.",
         "simulate": "How KSM gets there: its counters over time.",
         "sweep": "Which tunables bring the saving how soon, and at what cost.",

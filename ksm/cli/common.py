@@ -60,7 +60,12 @@ def numbers(ctx: click.Context | None, param: click.Parameter | None, value: str
     return [int(part) for part in value.split(",")]
 
 
-def _decorated(function: F, options: Sequence[Callable[[F], F]]) -> F:
+def decorated(function: F, options: Sequence[Callable[[F], F]]) -> F:
+    """The function with several options, in their order.
+
+    >>> callable(decorated(lambda: None, ()))
+    True
+    """
     for decorate in reversed(options):
         function = decorate(function)
     return function
@@ -72,7 +77,7 @@ def read_options(function: F) -> F:
     >>> callable(read_options(lambda: None))
     True
     """
-    return _decorated(
+    return decorated(
         function,
         (
             click.option(
@@ -98,7 +103,7 @@ def source_arguments(function: F) -> F:
     >>> callable(source_arguments(lambda: None))
     True
     """
-    return _decorated(
+    return decorated(
         function,
         (
             click.argument("sources", nargs=-1, required=True, metavar="SOURCE..."),

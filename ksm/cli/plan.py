@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
@@ -13,11 +12,11 @@ from typing import Any
 import click
 from rich.table import Table
 
-from ksm.cli.common import binary, duration, out, print_json, progress
+from ksm.cli.common import F, binary, decorated, duration, out, print_json, progress
 from ksm.errors import PlanError, UnsupportedError
 from ksm.plan import HostPlan, HostSpec, Plan, Policy, VMClass, plan
+from ksm.plan.rows import figures
 from ksm.sysfs import profile
-from ksm.units import clock
 
 DOES_NOT_FIT = 3
 
@@ -66,35 +65,54 @@ class _Parsed(click.ParamType[Any]):
 _SIZE, _SHARE = _Parsed("size", size), _Parsed("share", share)
 
 
+_OPTIONS = (
+    click.option(
+        "--trace", "traces", multiple=True, metavar="DIR", help="A recording that is no sample, for the risk."
+    ),
+    click.option("--file", "file", metavar="YAML", help="Classes of VMs, hosts and the policy from a file."),
+    click.option("--ram", type=_SIZE, help="The host's memory."),
+    click.option("--vm-ram", type=_SIZE, help="A VM's memory.  [default: what the largest sample has]"),
+    click.option("--reserve", type=_SIZE, default="0", show_default=True, help="Kept for the host itself."),
+    click.option("--vm-overhead", type=_SIZE, default="0", show_default=True, help="A VM's memory beside the guest's."),
+    click.option("--swap", type=_SIZE, default="0", show_default=True, help="For when merged memory breaks."),
+    click.option("--nodes", type=click.IntRange(1, 255), default=1, show_default=True, help="NUMA nodes."),
+    click.option("--kernel", default="6.18", show_default=True, help="Whose rules and defaults."),
+    click.option("--headroom", type=_SHARE, default="10%", show_default=True, help="Of the memory, to be left free."),
+    click.option("--broken", type=_SHARE, default="25%", show_default=True, help="Of merged pages, that may break."),
+    click.option("--confidence", type=_SHARE, default="90%", show_default=True, help="How sure it has to be."),
+    click.option("--ksmd-cpu", type=_SHARE, default="20%", show_default=True, help="Of one CPU, that ksmd may take."),
+    click.option(
+        "--settle", default="30m", callback=duration, show_default=True, help="99 % merged by then, from cold."
+    ),
+    click.option(
+        "--growth", type=_SHARE, default="0", show_default=True, help="Of untouched RAM, that VMs will yet fill."
+    ),
+    click.option(
+        "--zeros", type=click.Choice(["merge", "absent"]), default="merge", show_default=True, help="In dumps."
+    ),
+    click.option("--page-size", type=click.IntRange(256), default=None, help="Of raw images.  [default: 4096]"),
+    click.option("--threads", type=click.IntRange(1), default=None, help="That hash.  [default: all CPUs]"),
+)
+
+
+def plan_options(function: F) -> F:
+    """The options of a plan: of the host, the VMs and the policy, and how samples are read.
+
+    >>> callable(plan_options(lambda: None))
+    True
+    """
+    return decorated(function, _OPTIONS)
+
+
 @click.command()
 @click.argument("sources", nargs=-1, metavar="[SOURCE]...")
-@click.option("--trace", "traces", multiple=True, metavar="DIR", help="A recording that is no sample, for the risk.")
-@click.option("--file", "file", metavar="YAML", help="Classes of VMs, hosts and the policy from a file.")
-@click.option("--ram", type=_SIZE, help="The host's memory.")
-@click.option("--vm-ram", type=_SIZE, help="A VM's memory.  [default: what the largest sample has]")
-@click.option("--reserve", type=_SIZE, default="0", show_default=True, help="Kept for the host itself.")
-@click.option("--vm-overhead", type=_SIZE, default="0", show_default=True, help="A VM's memory beside the guest's.")
-@click.option("--swap", type=_SIZE, default="0", show_default=True, help="For when merged memory breaks.")
-@click.option("--nodes", type=click.IntRange(1, 255), default=1, show_default=True, help="NUMA nodes.")
-@click.option("--kernel", default="6.18", show_default=True, help="Whose rules and defaults.")
-@click.option("--headroom", type=_SHARE, default="10%", show_default=True, help="Of the memory, to be left free.")
-@click.option("--broken", type=_SHARE, default="25%", show_default=True, help="Of merged pages, that may break.")
-@click.option("--confidence", type=_SHARE, default="90%", show_default=True, help="How sure it has to be.")
-@click.option("--ksmd-cpu", type=_SHARE, default="20%", show_default=True, help="Of one CPU, that ksmd may take.")
-@click.option("--settle", default="30m", callback=duration, show_default=True, help="99 % merged by then, from cold.")
-@click.option("--growth", type=_SHARE, default="0", show_default=True, help="Of untouched RAM, that VMs will yet fill.")
-@click.option("--zeros", type=click.Choice(["merge", "absent"]), default="merge", show_default=True, help="In dumps.")
-@click.option("--page-size", type=click.IntRange(256), default=None, help="Of raw images.  [default: 4096]")
-@click.option("--threads", type=click.IntRange(1), default=None, help="That hash.  [default: all CPUs]")
+@plan_options
 @click.option("--require", type=click.IntRange(1), metavar="N", help="Exit 3 unless N VMs fit (over all hosts).")
 @click.option("--json", "as_json", is_flag=True, help="Print the answer as JSON.")
 def command(
     sources: tuple[str, ...],
-    file: str | None,
     require: int | None,
     as_json: bool,
-    page_size: int | None,
-    threads: int | None,
     **options: Any,
 ) -> None:
     """How many VMs fit on a host, from samples of their memory.
@@ -103,25 +121,35 @@ def command(
     qemu:NAME; or a recording of several (`ksm record`), which tells how fast sharing breaks, too. Classes, hosts and
     mixes are described in a YAML file. Exit code 3: fewer than --require fit.
     """
-    if file is not None:
-        if sources or options["traces"] or options["ram"] is not None:
-            raise click.UsageError("--file and sources exclude each other: the file says it all")
-        classes, hosts, policy = read(file)
-    else:
-        classes, hosts, policy = _from_options(sources, options)
-    with progress("fingerprinting", quiet=as_json) as show:
-        answer = plan(classes, hosts, policy, page_size=page_size, threads=threads, progress=show)
+    answer = work_out(sources, options, quiet=as_json)
     if as_json:
         print_json(answer.to_dict())
     else:
         _print(answer)
         if not require:
             least = max(1, answer.fits)
-            out().print(f"Next: ksm plan ... --require {least} in CI, which exits 3 when that no longer fits.")
+            out().print("Next: ksm report with the same arguments: this as a page, with charts and what-if controls.")
+            out().print(f"In CI: ksm plan ... --require {least}, which exits 3 when that no longer fits.")
     if require is not None and answer.fits < require:
         if not as_json:
             out().print(f"{require} VMs do not fit: {answer.fits} do.", soft_wrap=True)
         raise click.exceptions.Exit(DOES_NOT_FIT)
+
+
+def work_out(sources: Sequence[str], options: Mapping[str, Any], quiet: bool = False) -> Plan:
+    """The plan that sources and `plan_options` ask for, with progress on a terminal.
+
+    Raises:
+        click.UsageError: they contradict each other, or say too little. PlanError, SourceError, OSError: as `plan`.
+    """
+    if options["file"] is not None:
+        if sources or options["traces"] or options["ram"] is not None:
+            raise click.UsageError("--file and sources exclude each other: the file says it all")
+        classes, hosts, policy = read(options["file"])
+    else:
+        classes, hosts, policy = _from_options(sources, options)
+    with progress("fingerprinting", quiet=quiet) as show:
+        return plan(classes, hosts, policy, page_size=options["page_size"], threads=options["threads"], progress=show)
 
 
 def _from_options(sources: Sequence[str], options: Mapping[str, Any]) -> tuple[list[VMClass], list[HostSpec], Policy]:
@@ -298,37 +326,10 @@ def table(answer: Plan, each: HostPlan) -> Table:
     >>> table(answer, answer.hosts[0]).row_count
     11
     """
-    fits, policy, numbers = each.fits, answer.policy, each.frames
     result = Table(box=None, pad_edge=False, header_style="bold")
     result.add_column(f"{each.host.name}, {binary(each.host.ram)}", no_wrap=True)
     result.add_column("", justify="right", no_wrap=True)
-
-    def amount(name: str) -> str:
-        value = numbers[name]
-        return "unknown" if value is None else binary(value)
-
-    rows = [
-        ("VMs without KSM", f"{fits.without_ksm:,}"),
-        ("VMs with KSM, on average", "unknown" if fits.mean is None else f"{fits.mean:,}"),
-        (f"VMs with KSM, {policy.confidence:.0%} sure", f"{fits.confident:,}"),
-        (f"  and {policy.broken:.0%} of merged pages may break", f"{fits.broken:,}"),
-        ("  and run=2 is survived", f"{fits.unmerged:,}"),
-        (f"memory of {fits.recommended:,} VMs, unmerged", amount("without")),
-        ("  merged", amount("need")),
-        ("  of that, the kernel's bookkeeping", amount("bookkeeping")),
-    ]
-    if each.risk is not None:
-        rows.append(
-            ("written of merged pages a minute: median; worst", f"{each.risk.median:.2%}; {each.risk.worst:.1%}")
-        )
-        rows.append(("  memory if the worst is everywhere at once", binary(each.risk.need_worst)))
-    for percent in each.settle.cold:
-        later = each.settle.one_more[percent]
-        more = clock(later) if math.isfinite(later) else "later, if ever"
-        rows.append(
-            (f"{percent} % merged from cold; of one more VM", f"{clock(each.settle.cold[percent])}; {more}"),
-        )
-    for row in rows:
+    for row in figures(answer, each):
         result.add_row(*row)
     return result
 

@@ -97,18 +97,25 @@ class Needs:
     def after(self, vms: Ints, share: float) -> Floats:
         """Bytes that so many VMs need at the policy's confidence, from one side, just after a share of the merged pages
         was written: each takes a frame of its own, and the KSM frames stay as long as anything maps them."""
+        return self.after_each(vms, (share,))[:, 0]
+
+    def after_each(self, vms: Ints, shares: Sequence[float]) -> Floats:
+        """The same for several shares: (len(vms), len(shares)) bytes."""
         counts = self.mix[vms]
         growth = self.growth
         frames, unshared = growth.frames(counts)
         pages = growth.pages(counts)
-        less, pages_less = growth.replicates(counts)
-        if share:
-            less = np.minimum(less + share * (pages_less - unshared), pages_less)
-        after = np.minimum(frames + share * (pages - unshared), pages)
-        after = np.minimum(after + growth.upward(less, counts, self.policy.confidence), pages)
+        left_out, pages_less = growth.replicates(counts)
         zero_merged = growth.zeros(counts) if growth.rules.use_zero_pages else 0.0
         kept = (pages - zero_merged) * RMAP_ITEM_BYTES + np.maximum(frames - unshared, 0) * STABLE_NODE_BYTES
-        return np.asarray(after * self.page + counts @ self._fixed + kept)
+        fixed = counts @ self._fixed + kept
+        found = np.empty((len(vms), len(shares)))
+        for column, share in enumerate(shares):
+            less = np.minimum(left_out + share * (pages_less - unshared), pages_less) if share else left_out
+            after = np.minimum(frames + share * (pages - unshared), pages)
+            after = np.minimum(after + growth.upward(less, counts, self.policy.confidence), pages)
+            found[:, column] = after * self.page + fixed
+        return found
 
     def confident(self, vms: Ints) -> Floats:
         """Bytes that so many VMs need with the policy's confidence, from one side."""

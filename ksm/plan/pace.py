@@ -83,10 +83,24 @@ class Pace:
         the unstable one; what has a copy at a lower place in the list merges. So sharing grows along the list as it
         does with the number of VMs.
         """
-        steps = np.diff(load.pages)
-        hashing = self._hashing(load)
-        first = self.wall(load.pages[-1], hashing)
-        visits = np.maximum(steps, 1e-9)
+        hashing = self.hashing(load)
+        visits, cpu = self.merging(load)
+        return self.timed(load.pages, load.sharing, visits, cpu, hashing)
+
+    def timed(
+        self, pages: Floats, sharing: Floats, visits: Floats, cpu: Floats, hashing: float
+    ) -> tuple[Floats, Floats, Floats]:
+        """`cold`, from the work of it: `merging`, and the CPU seconds that hashing a page takes."""
+        first = self.wall(pages[-1], hashing)
+        took = np.array([self.wall(n, c / n) for n, c in zip(visits, cpu, strict=True)])
+        seconds = np.concatenate(([0.0], first + np.concatenate(([0.0], np.cumsum(took)))))
+        busy = np.concatenate(([0.0], pages[-1] * hashing + np.concatenate(([0.0], np.cumsum(cpu)))))
+        return seconds, np.concatenate(([0.0], sharing)), busy
+
+    def merging(self, load: Load) -> tuple[Floats, Floats]:
+        """(visits, CPU seconds) of the second pass after a cold start, from each point of the load to the next."""
+        hashing = self.hashing(load)
+        visits = np.maximum(np.diff(load.pages), 1e-9)
         found = np.diff(load.sharing)
         new_nodes = np.maximum(np.diff(load.shared), 0.0)
         zero = np.diff(load.zero_merged)
@@ -95,13 +109,10 @@ class Pace:
         searched = (visits - zero + new_nodes) * stable + in_unstable * unstable
         in_stable = visits - zero - in_unstable
         hashed = visits if self.gate_first else visits - in_stable
-        cpu = hashed * hashing + searched + found * self.cost.merge_ns * 1e-9
-        took = np.array([self.wall(n, c / n) for n, c in zip(visits, cpu, strict=True)])
-        seconds = np.concatenate(([0.0], first + np.concatenate(([0.0], np.cumsum(took)))))
-        busy = np.concatenate(([0.0], load.pages[-1] * hashing + np.concatenate(([0.0], np.cumsum(cpu)))))
-        return seconds, np.concatenate(([0.0], load.sharing)), busy
+        return visits, hashed * hashing + searched + found * self.cost.merge_ns * 1e-9
 
-    def _hashing(self, load: Load) -> float:
+    def hashing(self, load: Load) -> float:
+        """CPU seconds that hashing a page takes."""
         return self.cost.nanoseconds(1, 0, 0, 0, load.page_size) * 1e-9
 
     def _searches(self, stable: Floats, unstable: Floats) -> tuple[Floats, Floats]:
@@ -114,15 +125,19 @@ class Pace:
 
     def steady(self, load: Load) -> tuple[float, float]:
         """(seconds, CPU seconds) of a pass once all is settled, on average."""
-        every = _SMART_VISIT if self.smart_scan else 1
-        seconds, cpu = np.array(self._settled_pass(load, True)) / every
-        if self.smart_scan:
-            others = np.array(self._settled_pass(load, False)) * (every - 1) / every
-            seconds, cpu = seconds + others[0], cpu + others[1]
-        return float(seconds), float(cpu)
+        return self.settled(self.settled_work(load, True), self.settled_work(load, False))
 
-    def _settled_pass(self, load: Load, tried: bool) -> tuple[float, float]:
-        """(seconds, CPU seconds) of a pass that tries all unshared pages, or that passes over them. After a cold start
+    def settled(self, tried: tuple[float, float], skipped: tuple[float, float]) -> tuple[float, float]:
+        """`steady`, from the work of the two kinds of pass."""
+        every = _SMART_VISIT if self.smart_scan else 1
+        seconds = (self._takes(*tried) + (every - 1) * self._takes(*skipped)) / every
+        return seconds, (tried[1] + (every - 1) * skipped[1]) / every
+
+    def _takes(self, visits: float, cpu: float) -> float:
+        return self.wall(visits, cpu / visits) if visits > 0 else 0.0
+
+    def settled_work(self, load: Load, tried: bool) -> tuple[float, float]:
+        """(visits, CPU seconds) of a pass that tries all unshared pages, or that passes over them. After a cold start
         smart scan keeps their turns together: it tries all in one pass of nine."""
         merged = float(load.pages[-1] - load.unshared[-1] - load.zero_merged[-1])
         unshared = float(load.unshared[-1])
@@ -130,11 +145,15 @@ class Pace:
         stable, unstable = self._searches(np.array([shared, shared]), np.array([0.0, tree]))
         cpu = merged * self.cost.merged_ns * 1e-9
         if tried:
-            cpu += unshared * (self._hashing(load) + float(stable[0] + unstable[0]))
+            cpu += unshared * (self.hashing(load) + float(stable[0] + unstable[0]))
         else:
             cpu += unshared * self.cost.skip_ns * 1e-9
         visits = merged + unshared if tried else merged
-        return (self.wall(visits, cpu / visits), cpu) if visits > 0 else (0.0, 0.0)
+        return (visits, cpu) if visits > 0 else (0.0, 0.0)
+
+    def _settled_pass(self, load: Load, tried: bool) -> float:
+        """Seconds of such a pass."""
+        return self._takes(*self.settled_work(load, tried))
 
     def one_more(self, load: Load, share: float) -> float:
         """Seconds from the boot of the last VM of `load` until `share` (0 to 1) of what it saves is merged.
@@ -143,15 +162,15 @@ class Pace:
         with smart scan, one of these may try all unshared pages, and is taken to. What it shares with a page that had
         no partner before waits until both are tried in one pass, which with smart scan may never come: infinite.
         """
-        seconds, _ = self._settled_pass(load[:-1], True)
-        waiting = seconds + (self._settled_pass(load[:-1], False)[0] if self.smart_scan else seconds)
+        seconds = self._settled_pass(load[:-1], True)
+        waiting = seconds + (self._settled_pass(load[:-1], False) if self.smart_scan else seconds)
         gained = float(load.sharing[-1] - load.sharing[-2])
         if gained <= 0:
             return waiting
         if self.smart_scan and share > 1 - min(1.0, load.paired / gained):
             return math.inf
         seconds_of, _, _ = self.cold(load[-2:])
-        own = self.wall(float(load.pages[-1] - load.pages[-2]), self._hashing(load))
+        own = self.wall(float(load.pages[-1] - load.pages[-2]), self.hashing(load))
         merging = float(seconds_of[-1] - seconds_of[1])
         at_once = self._known(load, gained)
         if not self.gate_first and share * gained <= at_once:

@@ -18,6 +18,7 @@ from ksm.plan.given import Given
 from ksm.plan.growth import Rules, Samples
 from ksm.plan.inputs import MAX_SAMPLES, MAX_VMS, HostSpec, Policy, VMClass, shares
 from ksm.plan.needs import Needs, reach
+from ksm.plan.outlook import look_out
 from ksm.plan.pace import Pace
 from ksm.plan.result import ClassSummary, Composition, Curve, HostPlan, Plan
 from ksm.plan.risk import assess
@@ -162,6 +163,9 @@ def _host(common: _Common, host: HostSpec) -> HostPlan:
     final = needs(rules)
     curve = final.curve(final.grid())
     fits = final.fits(curve)
+    around = np.clip([fits.recommended, fits.recommended + 1], 0, curve.vms[-1])
+    if not np.isin(around, curve.vms).all():  # the answer itself is to be on the curve
+        curve = final.curve(np.union1d(curve.vms, around))
     found = load(final, max(1, fits.recommended))
     cost = CostModel()
     pace, pacing, _ = choose_pace(found, host, policy, cost)
@@ -182,6 +186,7 @@ def _host(common: _Common, host: HostSpec) -> HostPlan:
         check=None,
         frames=_figures(final.curve(np.array([fits.recommended], np.int64)), final),
         risk=assess(final, curve, fits.recommended, seen, common.classes),
+        outlook=look_out(final, curve, pace),
     )
 
 

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from html import escape
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from ksm.errors import PlanError
+from ksm.html import table
 from ksm.plan.inputs import HostSpec, Policy
 from ksm.units import binary, clock
+
+if TYPE_CHECKING:
+    import altair
+
+    from ksm.plan.outlook import WhatIf
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -247,6 +255,38 @@ class Risk(_Result):
     never."""
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Outlook(_Result):
+    """What other numbers of VMs, shares that break and paces of ksmd come to: what `what_if` is worked out from.
+
+    Arrays with a value for each of the curve's `vms`, but for `shares`; CPU in seconds.
+    """
+
+    shares: Floats
+    """Shares of the merged pages that break, ascending from 0 to 1, the policy's among them."""
+    after: Floats
+    """(len(vms), len(shares)): bytes taken at the policy's confidence, from one side, just after that share broke."""
+    pages: Floats
+    """Pages that ksmd visits in the first pass after a cold start."""
+    sharing: Floats
+    """`pages_sharing` and `ksm_zero_pages`, settled."""
+    merging_cpu: Floats
+    """Of the second pass after a cold start, which merges, up to that VM."""
+    tried_visits: Floats
+    """Pages visited in a pass that tries the unshared pages, once all is settled."""
+    tried_cpu: Floats
+    """Of that pass."""
+    skipped_visits: Floats
+    """The same of a pass in which smart scan passes over them."""
+    skipped_cpu: Floats
+    smart_scan: bool
+    """Eight of nine passes are of that kind."""
+    hashing_cpu: float
+    """To hash a page."""
+    hz: int
+    """Timer ticks a second: sleeps end on a tick."""
+
+
 @dataclass(frozen=True, slots=True)
 class HostPlan(_Result):
     """The plan for one kind of host. Numbers of VMs and bytes are for one host of the kind."""
@@ -271,6 +311,8 @@ class HostPlan(_Result):
     "ksm_zero_pages" (pages); "need", "without", "saved", "bookkeeping" (bytes)."""
     risk: Risk | None = None
     """None: there is no recording to tell it from."""
+    outlook: Outlook | None = None
+    """For `what_if`."""
 
     def to_dict(self) -> dict[str, Any]:
         """All of it, for JSON."""
@@ -328,7 +370,52 @@ class Plan(_Result):
 
     def verdict(self) -> tuple[str, ...]:
         """The answer in sentences, the decision first."""
-        return tuple(sentence for each in self.hosts for sentence in self._of_host(each))
+        return tuple(sentence for n in range(len(self.hosts)) for sentence in self.sentences(n))
+
+    def sentences(self, host: int) -> tuple[str, ...]:
+        """The part of `verdict` about one host, counted from 0."""
+        return tuple(self._of_host(self.hosts[host]))
+
+    def what_if(
+        self,
+        host: int = 0,
+        *,
+        vms: int | None = None,
+        ram: int | None = None,
+        broken: float | None = None,
+        pages_to_scan: int | None = None,
+    ) -> WhatIf:
+        """One host with another number of VMs, RAM, share that breaks or pace: see `ksm.plan.outlook.what_if`."""
+        from ksm.plan.outlook import what_if
+
+        return what_if(self, host, vms=vms, ram=ram, broken=broken, pages_to_scan=pages_to_scan)
+
+    def chart(self, kind: str = "fits", host: int = 0) -> altair.TopLevelMixin:
+        """A chart of altair: for notebooks, and to be saved as PNG or SVG by its `save`.
+
+        Args:
+            kind: "fits", "saving", "frames", "pace", "cpu", "risk" (where there is a recording), "composition" or
+                "matrix".
+            host: which of the hosts, counted from 0.
+
+        Raises:
+            PlanError: no such kind or host. UnsupportedError: what `ksm[report]` has is not installed.
+        """
+        from ksm.charts import standing_alone
+        from ksm.plan.charts import figures
+
+        found = figures(self, host)
+        if kind not in found:
+            raise PlanError(f"no chart {kind!r} of this plan: there are {', '.join(found)}")
+        return standing_alone(found[kind])
+
+    def _repr_html_(self) -> str:
+        from ksm.plan.rows import figures
+
+        said = "".join(f"<p>{escape(sentence)}</p>" for sentence in self.verdict())
+        return said + "".join(
+            table((f"{each.host.name}, {binary(each.host.ram)}", ""), figures(self, each)) for each in self.hosts
+        )
 
     def _of_host(self, each: HostPlan) -> list[str]:
         fits, policy, sure = each.fits, self.policy, f"{self.policy.confidence:.0%}"

@@ -33,8 +33,17 @@ def load(needs: Needs, vms: int) -> Load:
     [0.0, 0.0, 1.0]
     """
     points = np.unique(np.linspace(0, vms, min(vms, _STEPS) + 1).astype(np.int64))
-    if vms > 1:
-        points = np.union1d(points, [1, vms - 1])
+    return load_at(needs, np.union1d(points, [1, vms - 1]) if vms > 1 else points)
+
+
+def load_at(needs: Needs, points: Ints) -> Load:
+    """The same at chosen numbers of VMs, ascending from 0.
+
+    >>> from ksm.plan.planning import needs_of
+    >>> needs = needs_of([b"a" * 4096 + b"1" * 4096, b"a" * 4096 + b"2" * 4096], HostSpec(ram=1 << 16))
+    >>> load_at(needs, np.array([0, 2])).sharing.tolist()
+    [0.0, 1.0]
+    """
     counts = needs.mix[points]
     growth = needs.growth
     pages = growth.pages(counts)
