@@ -62,9 +62,10 @@ class Browser:
         events = [json.loads(each["message"])["message"] for each in self.driver.get_log("performance")]
         return [e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"]
 
-    def picture(self, width: int, height: int) -> bytes:
-        """The top of the page as PNG."""
-        clip = {"x": 0, "y": 0, "width": width, "height": height, "scale": 1}
+    def picture(self, width: int, height: int, start: str = "") -> bytes:
+        """The top of the page, or from the element of this id on, as PNG."""
+        top = "const e = document.getElementById(arguments[0]); return e ? e.getBoundingClientRect().top + scrollY : 0"
+        clip = {"x": 0, "y": self.run(top, start), "width": width, "height": height, "scale": 1}
         shot = self.driver.execute_cdp_cmd("Page.captureScreenshot", {"captureBeyondViewport": True, "clip": clip})
         return base64.b64decode(shot["data"])
 

@@ -5,7 +5,11 @@ from __future__ import annotations
 import copy
 import io
 import json
+import os
 import re
+import runpy
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -227,10 +231,10 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     monkeypatch.chdir(tmp_path)
     for n, image in enumerate(images(3, 60)):
         image.tofile(f"web{n}.raw")
-    assert main(["plan", "web0.raw", "web1.raw", "web2.raw", "--ram", "40M", "--json"]) == 0
+    assert main(["plan", "web0.raw", "web1.raw", "web2.raw", "--ram", "4M", "--json"]) == 0
     Path("plan.json").write_text(capsys.readouterr().out)
-    Path("plan.yaml").write_text("{classes: {web: {samples: ['web*.raw']}}, hosts: [{ram: 40M, name: host}]}")
-    assert main(["report", "web0.raw", "web1.raw", "web2.raw", "--ram", "40M", "-o", "a.html"]) == 0
+    Path("plan.yaml").write_text("{classes: {web: {samples: ['web*.raw']}}, hosts: [{ram: 4M, name: host}]}")
+    assert main(["report", "web0.raw", "web1.raw", "web2.raw", "--ram", "4M", "-o", "a.html"]) == 0
     assert main(["report", "plan.json", "-o", "b.html"]) == 0
     assert main(["report", "plan.yaml", "-o", "c.html"]) == 0
     assert "VMs fit on host" in capsys.readouterr().out
@@ -253,13 +257,14 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
 def test_many_samples_keep_the_page_small() -> None:
     random = np.random.default_rng(0)
     common = random.integers(0, 256, (20, PAGE), dtype=np.uint8)
-    samples = [np.concatenate((common, random.integers(0, 256, (5, PAGE), dtype=np.uint8))) for _ in range(40)]
-    classes = [ksm.VMClass("a", samples[:20]), ksm.VMClass("b", samples[20:])]
-    answer = ksm.plan(classes, ksm.HostSpec(ram=4 << 20), simulate=False)
-    page = plan_page(answer)
-    assert page.count("40 samples are shown by class") == 2
-    assert len(page) - len(plan_page(ksm.plan(classes[0], ksm.HostSpec(ram=4 << 20), simulate=False))) < 100_000
-    assert len(page) < 2_000_000
+    samples = [np.concatenate((common, random.integers(0, 256, (5, PAGE), dtype=np.uint8))) for _ in range(26)]
+    classes = [ksm.VMClass("a", samples[:13]), ksm.VMClass("b", samples[13:])]
+    answer = ksm.plan(classes, ksm.HostSpec(ram=2 << 20), simulate=False)
+    found = figures(answer)
+    for kind in ("composition", "matrix"):
+        assert found[kind].note.startswith("26 samples are shown by class")
+        assert [row[0] for row in found[kind].rows] == ["a", "b"]
+    assert len(plan_page(answer)) < 2_000_000
 
 
 # ---- in a browser --------------------------------------------------------------------------------------
@@ -284,6 +289,23 @@ CHARTS = """
 const charts = [...document.querySelectorAll('[data-chart]')];
 return charts.map(e => [e.dataset.chart, e.querySelectorAll('svg path').length]);
 """
+CUT = """
+const cut = [];
+for (const chart of document.querySelectorAll('.chart')) {
+  const frame = chart.getBoundingClientRect();
+  for (const text of chart.querySelectorAll('svg text')) {
+    const box = text.getBoundingClientRect();
+    const out = [frame.left - box.left, box.right - frame.right, frame.top - box.top, box.bottom - frame.bottom];
+    if (text.textContent && Math.max(...out) > 1) cut.push([chart.dataset.chart, text.textContent]);
+  }
+}
+return cut;
+"""
+KEYS = """
+const figure = document.getElementById(arguments[0]);
+const color = e => getComputedStyle(e.firstChild).backgroundColor;
+return [...figure.querySelectorAll('.key span')].map(e => [e.innerText, color(e)]);
+"""
 OVERFLOW = "return document.documentElement.scrollWidth - document.documentElement.clientWidth"
 
 
@@ -295,15 +317,22 @@ def test_the_page_renders(browser: chromium.Browser, page: Path, width: int, dar
     kinds = ("fits", "saving", "frames", "pace", "cpu")
     assert set(charts) == {f"host{n}-{kind}" for n in (0, 1) for kind in kinds} | {"host0-composition", "host0-matrix"}
     assert all(marks > 3 for marks in charts.values()), charts
-    assert browser.run(OVERFLOW) <= 0
+    assert browser.run(OVERFLOW) <= 0 and browser.run(CUT) == []
     assert browser.logged() == []
     assert browser.requests() == [page.as_uri()]
     colors = DARK if dark else LIGHT
-    r, g, b = (int(colors["page"][at : at + 2], 16) for at in (1, 3, 5))
-    assert browser.run("return getComputedStyle(document.body).backgroundColor") == f"rgb({r}, {g}, {b})"
-    r, g, b = (int(colors["red"][at : at + 2], 16) for at in (1, 3, 5))
+
+    def rgb(name: str) -> str:
+        return f"rgb({', '.join(str(int(colors[name][at : at + 2], 16)) for at in (1, 3, 5))})"
+
+    assert browser.run("return getComputedStyle(document.body).backgroundColor") == rgb("page")
     rules = "return [...document.querySelectorAll('#host0-fits svg line')].map(e => getComputedStyle(e).stroke)"
-    assert f"rgb({r}, {g}, {b})" in browser.run(rules)
+    assert rgb("red") in browser.run(rules)
+    keys = dict(browser.run(KEYS, "host0-fits"))
+    assert (keys["without merging"], keys["merged"], keys["usable RAM"]) == (rgb("grey"), rgb("blue"), rgb("red"))
+    drawn = "return [...document.querySelectorAll('#host0-fits svg path')].map(e => getComputedStyle(e).stroke)"
+    assert {rgb("grey"), rgb("blue"), rgb("orange")} <= set(browser.run(drawn))
+    assert len(browser.run(KEYS, "host0-composition")) == 4
 
 
 def test_names_do_not_run(browser: chromium.Browser, page: Path) -> None:
@@ -370,8 +399,7 @@ def test_controls_by_keyboard_and_reset(browser: chromium.Browser, page: Path, a
     browser.open(page)
     slider = browser.driver.find_element(By.CSS_SELECTOR, "form.whatif [data-for=vms]")
     before = int(browser.run(SHOWN, 0, "vms"))
-    for _ in range(60):
-        slider.send_keys(Keys.ARROW_RIGHT)
+    slider.send_keys(Keys.ARROW_RIGHT * 60)
     assert int(browser.run(SHOWN, 0, "vms")) > before == answer.hosts[0].fits.recommended
     assert browser.run("return ksm.views['host0-fits'].signal('ksm_vms')") == int(browser.run(SHOWN, 0, "vms"))
     browser.driver.find_element(By.CSS_SELECTOR, "form.whatif button").send_keys(Keys.ENTER)
@@ -393,9 +421,11 @@ def test_accessible_names(browser: chromium.Browser, page: Path) -> None:
     )
 
 
-def test_print(browser: chromium.Browser, page: Path) -> None:
+def test_print(browser: chromium.Browser, alone: ksm.Plan, tmp_path: Path) -> None:
+    path = tmp_path / "one.html"
+    path.write_text(plan_page(alone))
     browser.look(dark=True, media="print")
-    browser.open(page)
+    browser.open(path)
     assert browser.run("return getComputedStyle(document.body).color") == "rgb(26, 34, 48)"  # light, though it is dark
     assert browser.run("return getComputedStyle(document.querySelector('button')).display") == "none"
     folded = len(browser.printed())
@@ -412,3 +442,64 @@ def test_one_sample_in_a_browser(browser: chromium.Browser, alone: ksm.Plan, tmp
     assert all(charts.values()) and browser.run(OVERFLOW) <= 0 and browser.logged() == []
     assert " to " in browser.run(SHOWN, 0, "need")
     assert "bounds only" in browser.run("return document.body.innerText")
+
+
+# ---- the examples in docs/ ------------------------------------------------------------------------------
+
+EXAMPLES = Path(__file__).parents[1] / "docs" / "examples"
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path) -> tuple[Path, dict[str, str]]:
+    """A directory with three images, and an environment in which `ksm` is a command and a module."""
+    for n, image in enumerate(images(3, 60)):
+        image.tofile(tmp_path / f"web{n}.raw")
+    script = tmp_path / "bin" / "ksm"
+    script.parent.mkdir()
+    script.write_text(f"#!{sys.executable}\nimport sys\nfrom ksm.cli import main\nsys.exit(main())\n")
+    script.chmod(0o755)
+    path = f"{script.parent}{os.pathsep}{os.environ['PATH']}"
+    return tmp_path, os.environ | {"PATH": path, "PYTHONPATH": str(Path(ksm.__file__).parents[1])}
+
+
+def test_example_script(
+    elsewhere: tuple[Path, dict[str, str]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place, _ = elsewhere
+    monkeypatch.chdir(place)
+    monkeypatch.setattr(sys, "argv", ["plan_vms.py", "web0.raw", "web1.raw", "web2.raw"])
+    runpy.run_path(str(EXAMPLES / "plan_vms.py"))
+    printed = capsys.readouterr().out
+    assert len(re.findall(r"^\d+ GiB: \d+ VMs without KSM, \d+ with it", printed, re.MULTILINE)) == 3
+    assert "pages_to_scan=" in printed and (place / "report.html").stat().st_size > 500_000
+
+
+def test_example_for_ci(elsewhere: tuple[Path, dict[str, str]]) -> None:
+    place, environment = elsewhere
+
+    def run(needed: str, *samples: str) -> tuple[int, str]:
+        arguments = ["sh", str(EXAMPLES / "ci.sh"), needed, "4M", *samples]
+        done = subprocess.run(arguments, cwd=place, env=environment, capture_output=True, text=True, timeout=120)
+        return done.returncode, done.stdout
+
+    samples = ("web0.raw", "web1.raw", "web2.raw")
+    assert run("2", *samples) == (0, "2 VMs fit on 4M\n")
+    assert not (place / "report.html").exists()
+    code, printed = run("1000", *samples)
+    assert code == 3 and "fewer than 1000 VMs fit on 4M" in printed and (place / "report.html").exists()
+    assert run("10", "none.raw")[0] not in (0, 3)
+
+
+def test_notebook(run_python: Callable[[str], str]) -> None:
+    """Every cell runs, and prints what the notebook shows."""
+    script = f"""
+import json, nbclient, nbformat
+shown = nbformat.read({str(EXAMPLES / "what-if.ipynb")!r}, 4)
+run = nbformat.read({str(EXAMPLES / "what-if.ipynb")!r}, 4)
+nbclient.NotebookClient(run, timeout=120, kernel_name="python3").execute()
+print(json.dumps([[[o.get("text", sorted(o.get("data", ()))) for o in c.get("outputs", ())] for c in nb.cells]
+                  for nb in (shown, run)]))
+"""
+    shown, run = json.loads(run_python(script).splitlines()[-1])
+    assert shown == run and any("VMs fit" in str(cell) for cell in shown)
+    assert sum("image/svg+xml" in str(cell) for cell in shown) == 2

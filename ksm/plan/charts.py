@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,20 +10,11 @@ import numpy as np
 
 from ksm.charts import Figure, load_altair, values
 from ksm.errors import PlanError
+from ksm.plan.drawn import composition, matrix, unit
 from ksm.plan.result import Curve, HostPlan, Plan, Timeline
 from ksm.units import binary, clock
 
-GIB, MIB = 1 << 30, 1 << 20
-MOST_BARS = 24
-"""More samples than these are shown by class."""
 _POINTS, _ROWS = 120, 26
-
-PARTS = (
-    ("zero", "zero"),
-    ("within", "shared within the VM"),
-    ("between", "shared between VMs"),
-    ("unique", "unique"),
-)
 
 
 def figures(answer: Plan, host: int = 0, prefix: str = "") -> dict[str, Figure]:
@@ -52,22 +44,13 @@ def figures(answer: Plan, host: int = 0, prefix: str = "") -> dict[str, Figure]:
     }
     if each.risk is not None:
         found["risk"] = _risk(answer, each)
-    found["composition"] = _composition(answer)
-    found["matrix"] = _matrix(answer)
+    found["composition"] = composition(answer)
+    found["matrix"] = matrix(answer)
     return {kind: _named(figure, prefix + kind) for kind, figure in found.items()}
 
 
 def _named(figure: Figure, name: str) -> Figure:
     return Figure(name, figure.title, figure.caption, figure.chart, figure.columns, figure.rows, figure.note)
-
-
-def unit(most: float) -> tuple[float, str]:
-    """What to count bytes in on an axis.
-
-    >>> unit(3 << 30)
-    (1073741824, 'GiB')
-    """
-    return (GIB, "GiB") if most >= 2 * GIB else (MIB, "MiB") if most >= 2 * MIB else (1024, "KiB")
 
 
 def _some(curve: Curve, end: int, most: int) -> list[int]:
@@ -98,104 +81,126 @@ def _x(alt: Any, end: int) -> Any:
     return alt.X("vms:Q", title="VMs on the host", axis=axis, scale=alt.Scale(domain=[0, end], nice=False))
 
 
-def _band(
-    curve: Curve, name: str, each: HostPlan, size: float, title: str, plain: tuple[str, str] | None = None
-) -> tuple[list[Any], Sequence[dict[str, Any]]]:
-    """Layers of a band, its middle where that is known, and a dashed line of another field to compare with."""
-    alt = load_altair()
-    end = extent(each)
+def _rows(curve: Curve, name: str, end: int, size: float, **fields: str) -> list[dict[str, Any]]:
+    """Points of a field of the curve with its low and high, and of other fields, by the names given."""
+    wanted = {"low": name + "_low", "high": name + "_high", "middle": name} | fields
     rows = []
     for k in _some(curve, end, _POINTS):
         row: dict[str, Any] = {"vms": int(curve.vms[k])}
-        for key, field in (("low", name + "_low"), ("high", name + "_high"), ("middle", name)):
+        for key, field in wanted.items():
             value = float(getattr(curve, field)[k]) / size
             row[key] = round(value, 4) if np.isfinite(value) else None
-        if plain is not None:
-            row["plain"] = round(float(getattr(curve, plain[0])[k]) / size, 4)
         rows.append(row)
-    base = alt.Chart(values(rows)).encode(x=_x(alt, end))
-    tips = [
-        alt.Tooltip("vms:Q", title="VMs"),
-        *([alt.Tooltip("middle:Q", title=title, format=",.2f")] if rows[-1]["middle"] is not None else []),
-        alt.Tooltip("low:Q", title="low", format=",.2f"),
-        alt.Tooltip("high:Q", title="high", format=",.2f"),
-        *([alt.Tooltip("plain:Q", title=plain[1], format=",.2f")] if plain else []),
-    ]
-    layers = [base.mark_area(style="blue-band").encode(y=alt.Y("low:Q", title=title), y2="high:Q", tooltip=tips)]
-    if any(row["middle"] is not None for row in rows):
-        layers.append(base.mark_line(style="blue-line").encode(y="middle:Q", tooltip=tips))
-    if plain is not None:
-        layers.append(
-            base.mark_line(style="grey-line", strokeDash=[6, 4]).encode(y="plain:Q", tooltip=tips),
-        )
-        label = base.transform_filter(f"datum.vms == {rows[_label_at(rows)]['vms']}")
-        layers.append(
-            label.mark_text(style="soft-text", align="right", dx=-8, dy=-6).encode(
-                y="plain:Q", text=alt.value(plain[1])
-            )
-        )
-    return layers, rows
+    return rows
 
 
-def _label_at(rows: Sequence[dict[str, Any]]) -> int:
-    return min(len(rows) - 1, max(1, round(0.72 * len(rows))))
+def _band(base: Any, rows: Sequence[dict[str, Any]], y: Any, **others: str) -> Any:
+    """The layer from low to high; its tooltip tells the middle, too, and the other fields under their titles."""
+    alt = load_altair()
+    tips = [alt.Tooltip("vms:Q", title="VMs", format=",d")]
+    titles = ({"middle": "on average"} if rows[-1]["middle"] is not None else {}) | {"low": "low", "high": "high"}
+    for field, words in (titles | others).items():
+        tips.append(alt.Tooltip(f"{field}:Q", title=words, format=",.2f"))
+    return base.mark_area(style="blue-band").encode(y=y, y2="high:Q", tooltip=tips)
+
+
+def _colored(names: Sequence[str], chart: Any, name: str) -> Any:
+    """The chart in the colour that is for one of the names, which the legend tells."""
+    alt = load_altair()
+    color = alt.Color("series:N", scale=alt.Scale(domain=list(names)), legend=alt.Legend(symbolType="stroke"))
+    return chart.transform_calculate(series=f"'{name}'").encode(color=color)
+
+
+_SERIES = ("without merging", "merged", "what fits", "just after pages broke", "usable RAM")
+"""Of the chart of what fits, in the order of the theme's colours."""
 
 
 def _fits(answer: Plan, each: HostPlan) -> Figure:
     alt = load_altair()
-    curve, fits, spec, policy = each.curve, each.fits, each.host, answer.policy
+    fits, spec, policy = each.fits, each.host, answer.policy
     size, name = unit(spec.ram)
-    layers, _ = _band(curve, "need", each, size, f"memory, {name}", ("without", "without merging"))
-    top = max(1.35 * spec.usable, spec.usable + spec.swap * 1.05) / size
+    usable, swap = spec.usable / size, spec.swap / size
+    top = max(1.35 * usable, 1.05 * (usable + swap))
+    rows = _rows(each.curve, "need", extent(each), size, plain="without", broken="broken")
+    y = alt.Y("low:Q", title=f"memory, {name}", scale=alt.Scale(domain=[0, round(top, 4)], nice=False))
+    base = alt.Chart(values(rows)).encode(x=_x(alt, extent(each)))
+    layers = [_band(base, rows, y, plain="without merging", broken="just after pages broke")]
+    of = functools.partial(_colored, _SERIES)
+    lines = [("plain", "without merging", [6, 4]), ("broken", "just after pages broke", [1, 0])]
+    lines += [("middle", "merged", [1, 0])] if fits.mean is not None else []
+    for field, series, dash in lines:
+        layers.append(of(base.mark_line(strokeDash=dash).encode(y=f"{field}:Q"), series))
+    rules = [("ksm_usable", [1, 0])]
+    rules += [(f"ksm_usable * {1 - policy.headroom:.6g}", [5, 4])] if policy.headroom else []
+    rules += [(f"ksm_usable + {swap:.6g}", [1, 3])] if swap else []
+    for value, dash in rules:
+        at = alt.Chart(values([{}])).transform_calculate(y=value)
+        layers.append(of(at.mark_rule(strokeDash=dash).encode(y="y:Q"), "usable RAM"))
+    at = alt.Chart(values([{}])).transform_calculate(vms="ksm_vms")
+    layers.append(of(at.mark_rule(strokeDash=[2, 3]).encode(x=_x(alt, extent(each))), "what fits"))
+    for points, labels in _points(answer, each, size):
+        layers += [of(points, "what fits"), labels]
     for layer in layers:
         layer.mark.clip = True
-    scale = alt.Scale(domain=[0, round(top, 4)], nice=False)
-    layers[0] = layers[0].encode(y=alt.Y("low:Q", title=f"memory, {name}", scale=scale))
-    usable, usual = spec.usable / size, spec.usable * (1 - policy.headroom) / size
     params = [alt.param(name="ksm_usable", value=usable), alt.param(name="ksm_vms", value=fits.recommended)]
-    one = alt.Chart(values([{}]))
-    lines = [("ksm_usable", "red-rule", [1, 0], "usable RAM", -6)]
-    if policy.headroom:
-        lines.append((f"ksm_usable * {1 - policy.headroom:.6g}", "red-rule", [5, 4], "with headroom", 13))
-    for value, style, dash, text, dy in lines:
-        at = one.transform_calculate(y=value)
-        layers.append(at.mark_rule(style=style, strokeDash=dash, clip=True).encode(y="y:Q"))
-        layers.append(
-            at.mark_text(style="red-text", align="left", dx=6, dy=dy).encode(
-                y="y:Q", x=alt.value(0), text=alt.value(text)
-            )
-        )
-    at = one.transform_calculate(vms="ksm_vms")
-    layers.append(at.mark_rule(style="green-rule", strokeDash=[2, 3]).encode(x=_x(alt, extent(each))))
-    points = [
-        {"vms": n, "y": round(y, 4), "text": text}
-        for n, y, text in (
-            (fits.without_ksm, usual, "without KSM"),
-            (fits.confident, usual, f"{policy.confidence:.0%} sure"),
-            (fits.broken, usable + spec.swap / size, f"{policy.broken:.0%} may break"),
-        )
-        if n <= extent(each)
-    ]
-    tips = [alt.Tooltip("text:N", title="fit"), alt.Tooltip("vms:Q", title="VMs")]
-    mark = alt.Chart(values(points)).encode(x=_x(alt, extent(each)), y="y:Q", tooltip=tips)
-    layers.append(mark.mark_point(style="green-point", filled=True, clip=True))
-    layers.append(mark.mark_text(style="ink-text", dy=16, dx=4, align="right", clip=True).encode(text="vms:Q"))
-    chart = alt.layer(*layers).add_params(*params).properties(width="container", height=320)
     return Figure(
         "fits",
         "Memory against the number of VMs",
-        f"{fits.recommended} VMs fit: where the band of what merging leaves meets the line of the usable RAM. "
-        + _band_words(answer, each),
-        chart,
+        _fits_words(answer, each) + _band_words(answer, each, "need"),
+        alt.layer(*layers).add_params(*params).properties(width="container", height=340),
         ("VMs", "merged", "low", "high", "without merging", f"{policy.broken:.0%} broken"),
         _table(each, ("need", "need_low", "need_high", "without", "broken"), binary),
     )
 
 
-def _band_words(answer: Plan, each: HostPlan) -> str:
+def _points(answer: Plan, each: HostPlan, size: float) -> list[tuple[Any, Any]]:
+    """Where so many VMs just fit, on their curves: the number, and what it is where there is room to say so."""
+    alt = load_altair()
+    curve, fits, policy = each.curve, each.fits, answer.policy
+    found = (
+        (fits.without_ksm, curve.without, "without KSM", False),
+        (fits.confident, curve.need_high, f"{policy.confidence:.0%} sure", False),
+        (fits.broken, curve.broken, f"if {policy.broken:.0%} break", True),
+    )
+    layers = []
+    for above in (False, True):
+        rows = [
+            {"vms": n, "y": round(float(np.interp(n, curve.vms, y)) / size, 4), "text": text}
+            for n, y, text, over in found
+            if over is above and n <= extent(each)
+        ]
+        if not rows:
+            continue
+        base = alt.Chart(values(rows)).transform_calculate(
+            label="width < 520 ? format(datum.vms, ',') : format(datum.vms, ',') + ' (' + datum.text + ')'"
+        )
+        base = base.encode(x=_x(alt, extent(each)), y="y:Q", tooltip=[alt.Tooltip("text:N"), alt.Tooltip("vms:Q")])
+        place = {"align": "right", "dx": -7, "dy": -9} if above else {"align": "left", "dx": 7, "dy": 12}
+        labels = base.mark_text(style="ink-text", **place).encode(text="label:N")
+        layers.append((base.mark_point(filled=True, size=80, opacity=1), labels))
+    return layers
+
+
+def _fits_words(answer: Plan, each: HostPlan) -> str:
+    policy, spec = answer.policy, each.host
+    said = {
+        "memory": "more would leave less than the headroom",
+        "broken pages": f"with more, memory and swap would run out when {policy.broken:.0%} of the merged pages break",
+    }
+    why = said.get(each.fits.limited_by, "the plan goes no further")
+    red = "Red: the usable RAM"
+    red += f", dashed less the headroom of {policy.headroom:.0%}" if policy.headroom else ""
+    red += ", dotted with swap" if spec.swap else ""
+    return f"{each.fits.recommended:,} VMs fit: {why}. {red}. "
+
+
+def _band_words(answer: Plan, each: HostPlan, field: str) -> str:
     if each.fits.mean is None:
         return "One sample gives bounds only: VMs all alike below, nothing shared between them above."
-    return f"The band holds the truth with {answer.policy.confidence:.0%} confidence."
+    high = getattr(each.curve, field + "_high")
+    narrow = float(np.max(high - getattr(each.curve, field + "_low"))) < 0.006 * float(np.max(high))
+    seen = ", and is hardly wider than the line" if narrow else ""
+    return f"The band holds the truth with {answer.policy.confidence:.0%} confidence{seen}."
 
 
 def _table(each: HostPlan, fields: Sequence[str], show: Any) -> list[tuple[str, ...]]:
@@ -214,13 +219,21 @@ def _table(each: HostPlan, fields: Sequence[str], show: Any) -> list[tuple[str, 
 def _saving(answer: Plan, each: HostPlan) -> Figure:
     alt = load_altair()
     size, name = unit(float(np.max(each.curve.saved_high)))
-    layers, _ = _band(each.curve, "saved", each, size, f"saved, {name}")
+    rows = _rows(each.curve, "saved", extent(each), size)
+    base = alt.Chart(values(rows)).encode(x=_x(alt, extent(each)))
+    layers = [_band(base, rows, alt.Y("low:Q", title=f"saved, {name}"))]
     saved = each.frames["saved"]
+    if saved is not None:
+        layers.append(base.mark_line(style="blue-line").encode(y="middle:Q"))
+        point = alt.Chart(values([{"vms": each.fits.recommended, "y": round(saved / size, 4)}]))
+        point = point.encode(x=_x(alt, extent(each)), y="y:Q")
+        layers.append(point.mark_point(style="green-point", filled=True))
+        layers.append(point.mark_text(style="ink-text", align="right", dx=-9, dy=-9).encode(text="vms:Q"))
     said = "" if saved is None else f"{binary(saved)} with {each.fits.recommended} VMs, bookkeeping paid. "
     return Figure(
         "saving",
         "What merging saves",
-        said + _band_words(answer, each),
+        said + _band_words(answer, each, "saved"),
         alt.layer(*layers).properties(width="container", height=260),
         ("VMs", "saved", "low", "high", "bookkeeping"),
         _table(each, ("saved", "saved_low", "saved_high", "bookkeeping"), binary),
@@ -230,19 +243,20 @@ def _saving(answer: Plan, each: HostPlan) -> Figure:
 def _frames(answer: Plan, each: HostPlan) -> Figure:
     alt = load_altair()
     curve = each.curve
-    big = float(curve.pages[-1]) >= 2e6
-    layers, _ = _band(
-        curve,
-        "frames",
-        each,
-        1e6 if big else 1e3,
-        f"{'million' if big else 'thousand'} frames",
-        ("pages", "pages touched"),
+    size, name = (1e6, "million") if float(curve.pages[-1]) >= 2e6 else (1e3, "thousand")
+    rows = _rows(curve, "frames", extent(each), size, plain="pages")
+    base = alt.Chart(values(rows)).encode(x=_x(alt, extent(each)))
+    layers = [_band(base, rows, alt.Y("low:Q", title=f"{name} frames"), plain="pages touched")]
+    lines = [("plain", "pages touched", [6, 4])] + (
+        [("middle", "frames", [1, 0])] if each.fits.mean is not None else []
     )
+    for field, series, dash in lines:
+        line = base.mark_line(strokeDash=dash).encode(y=f"{field}:Q")
+        layers.append(_colored(("pages touched", "frames"), line, series))
     return Figure(
         "frames",
         "Frames that hold the pages",
-        "How many page frames the guests' pages take once merging has settled. " + _band_words(answer, each),
+        "How many page frames the guests' pages take once merging has settled. " + _band_words(answer, each, "frames"),
         alt.layer(*layers).properties(width="container", height=260),
         ("VMs", "pages", "frames", "low", "high", "pages_unshared"),
         _table(each, ("pages", "frames", "frames_low", "frames_high", "unshared"), lambda value: f"{value:,.0f}"),
@@ -252,15 +266,24 @@ def _frames(answer: Plan, each: HostPlan) -> Figure:
 # ---- over time -------------------------------------------------------------------------------------------
 
 
-def _time_axis(alt: Any, most: float) -> Any:
+def _span(each: HostPlan) -> tuple[float, float]:
+    """Seconds between which anything is to be seen: from somewhat before the first page merges."""
+    ends = [float(line.seconds[-1]) for line in each.timelines]
+    begins = [float(line.seconds[max(int(np.argmax(line.pages_sharing > 0)) - 1, 0)]) for line in each.timelines]
+    first = min(begin if begin > 0 else end / 100 for begin, end in zip(begins, ends, strict=True))
+    return max(first / 4, 0.01), max(*ends, 0.1)
+
+
+def _time_axis(alt: Any, least: float, most: float) -> Any:
     """Seconds on a logarithmic axis, labelled as people say them."""
-    ticks = [t for t in (1, 10, 60, 600, 3600, 6 * 3600, 86400, 7 * 86400) if t <= most * 1.2]
+    ticks = [t for t in (0.1, 1, 10, 60, 600, 3600, 6 * 3600, 86400, 7 * 86400) if least <= t <= most]
     label = (
         "datum.value < 60 ? datum.value + ' s' : datum.value < 3600 ? datum.value / 60 + ' min' : "
         "datum.value < 86400 ? datum.value / 3600 + ' h' : datum.value / 86400 + ' d'"
     )
     axis = alt.Axis(values=ticks, labelExpr=label, grid=False)
-    return alt.X("seconds:Q", title="after a cold start", scale=alt.Scale(type="log", nice=False), axis=axis)
+    scale = alt.Scale(type="log", nice=False, domain=[round(least, 3), round(most, 3)])
+    return alt.X("seconds:Q", title="after a cold start", scale=scale, axis=axis)
 
 
 _LABELS = ("default", "recommended", "simulated")
@@ -273,7 +296,7 @@ def _lines(alt: Any, each: HostPlan) -> Any:
         "strokeDash": alt.StrokeDash(
             "label:N", scale=alt.Scale(domain=present, range=[[6, 4], [1, 0], [2, 2]][: len(present)])
         ),
-        "x": _time_axis(alt, max(float(line.seconds[-1]) for line in each.timelines)),
+        "x": _time_axis(alt, *_span(each)),
     }
 
 
@@ -286,10 +309,10 @@ def _pace(each: HostPlan) -> Figure:
     alt = load_altair()
     rows, table = [], []
     for line in each.timelines:
-        end = float(line.pages_sharing[-1]) or 1.0
+        most = float(line.pages_sharing[-1]) or 1.0
         for k in _thin(line):
             if line.seconds[k] >= 0.01:
-                share = float(line.pages_sharing[k]) / end
+                share = float(line.pages_sharing[k]) / most
                 rows.append(
                     {
                         "label": line.label,
@@ -317,7 +340,7 @@ def _pace(each: HostPlan) -> Figure:
     y = alt.Y(
         "share:Q", title="pages_sharing, of what it ends at", axis=alt.Axis(format="%"), scale=alt.Scale(domain=[0, 1])
     )
-    chart = alt.Chart(values(rows)).mark_line(strokeWidth=2, point=False).encode(y=y, tooltip=tips, **_lines(alt, each))
+    chart = alt.Chart(values(rows)).mark_line(strokeWidth=2, clip=True).encode(y=y, tooltip=tips, **_lines(alt, each))
     same = ""
     if each.check is not None:
         same = (
@@ -339,6 +362,7 @@ def _pace(each: HostPlan) -> Figure:
 def _cpu(each: HostPlan) -> Figure:
     alt = load_altair()
     rows, table = [], []
+    end = _span(each)[1]
     for line in each.timelines:
         at = _thin(line, 25)
         steps = np.diff(line.cpu_seconds[at]) / np.maximum(np.diff(line.seconds[at]), 1e-9)
@@ -346,12 +370,16 @@ def _cpu(each: HostPlan) -> Figure:
             begin = float(line.seconds[at[at.index(k) - 1]])
             for moment in (max(begin, 0.01), float(line.seconds[k])):
                 rows.append({"label": line.label, "seconds": round(moment, 3), "share": round(float(share), 5)})
+        if line.label != "simulated" and float(line.seconds[-1]) < end:
+            steady = each.settle.cpu_steady if line.label == "recommended" else each.default.cpu_steady
+            for moment in (float(line.seconds[-1]), end):
+                rows.append({"label": line.label, "seconds": round(moment, 3), "share": round(steady, 5)})
         for share in range(0, 101, 20):
             k = min(len(line.seconds) - 1, round(share / 100 * (len(line.seconds) - 1)))
             table.append((line.label, clock(float(line.seconds[k])), f"{line.cpu_seconds[k]:.2f} s"))
     tips = [alt.Tooltip("label:N", title="tunables"), alt.Tooltip("share:Q", title="of a CPU", format=".1%")]
     y = alt.Y("share:Q", title="ksmd, of one CPU", axis=alt.Axis(format=".0%"))
-    chart = alt.Chart(values(rows)).mark_line(strokeWidth=2).encode(y=y, tooltip=tips, **_lines(alt, each))
+    chart = alt.Chart(values(rows)).mark_line(strokeWidth=2, clip=True).encode(y=y, tooltip=tips, **_lines(alt, each))
     return Figure(
         "cpu",
         "What ksmd takes meanwhile",
@@ -412,144 +440,3 @@ def _risk(answer: Plan, each: HostPlan) -> Figure:
         ("recording", "class", "processes", "length", "median minute", "worst minute", "at", "ever"),
         table,
     )
-
-
-# ---- of the samples --------------------------------------------------------------------------------------
-
-
-def _composition(answer: Plan) -> Figure:
-    alt = load_altair()
-    by_class = len(answer.samples) > MOST_BARS
-    groups: Sequence[Any] = answer.classes if by_class else answer.samples
-    names = [each.name for each in groups]
-    size, name = unit(max(each.pages for each in groups) * answer.page_size)
-    rows, table = [], []
-    for n, each in enumerate(groups):
-        label = names[n] if names.count(names[n]) == 1 else f"{names[n]} ({n + 1})"
-        for part, words in PARTS:
-            pages = float(getattr(each, part))
-            rows.append(
-                {
-                    "sample": _short(label),
-                    "part": words,
-                    "order": [p for p, _ in PARTS].index(part),
-                    "amount": round(pages * answer.page_size / size, 4),
-                    "share": round(pages / max(each.pages, 1), 5),
-                }
-            )
-        kind = each.class_name if not by_class else f"{each.samples} samples"
-        table.append((label, kind, f"{each.pages:,.0f}", *(f"{getattr(each, part):,.0f}" for part, _ in PARTS)))
-    parts = [text for _, text in PARTS]
-    order = list(dict.fromkeys(str(row["sample"]) for row in rows))
-    chart = (
-        alt.Chart(values(rows))
-        .mark_bar()
-        .encode(
-            y=alt.Y("sample:N", title=None, sort=order, axis=alt.Axis(labelLimit=150, domain=False, ticks=False)),
-            x=alt.X("amount:Q", title=f"touched memory, {name}"),
-            color=alt.Color("part:N", scale=alt.Scale(domain=parts), legend=alt.Legend(columns=2)),
-            order="order:Q",
-            tooltip=[
-                "sample:N",
-                "part:N",
-                alt.Tooltip("amount:Q", format=",.1f", title=name),
-                alt.Tooltip("share:Q", format=".1%"),
-            ],
-        )
-    )
-    total = sum(each.pages for each in answer.samples)
-    unique = sum(each.unique for each in answer.samples)
-    note = f"{len(answer.samples)} samples are shown by class: means over the samples of each." if by_class else ""
-    return Figure(
-        "composition",
-        "What their memory is made of",
-        f"{1 - unique / max(total, 1):.0%} of the samples' pages are zero or have a copy; the rest is each VM's own.",
-        chart.properties(width="container", height=len(groups) * max(18, min(34, 300 // len(groups)))),
-        ("sample" if not by_class else "class", "class" if not by_class else "of", "pages", *parts),
-        table,
-        note,
-    )
-
-
-def _short(text: str, most: int = 28) -> str:
-    """A path's telling end."""
-    text = text.rstrip("/").rpartition("/")[2] or text
-    return text if len(text) <= most else "…" + text[-(most - 1) :]
-
-
-def _matrix(answer: Plan) -> Figure:
-    """Of the row's pages, those whose content the column has; by class where there are many samples."""
-    alt = load_altair()
-    by_class = len(answer.samples) > MOST_BARS
-    pages = np.array([max(each.pages, 1) for each in answer.samples], np.float64)
-    share = answer.overlap / pages[:, None]
-    if by_class:
-        names = [each.name for each in answer.classes]
-        kinds = np.array([names.index(each.class_name) for each in answer.samples])
-        share = np.array(
-            [[_mean_pair(share, kinds == a, kinds == b) for b in range(len(names))] for a in range(len(names))]
-        )
-    else:
-        names = [_short(each.name, 18) for each in answer.samples]
-        names = [name if names.count(name) == 1 else f"{name} ({n + 1})" for n, name in enumerate(names)]
-        np.fill_diagonal(share, np.nan)  # a sample shares everything with itself
-    rows = [
-        {"row": a, "column": b, "share": round(float(share[i, j]), 4)}
-        for i, a in enumerate(names)
-        for j, b in enumerate(names)
-        if np.isfinite(share[i, j])
-    ]
-    known = [float(np.nanmax(share))] if rows else [0.0]
-    axis = alt.Axis(labelLimit=120, domain=False, ticks=False, grid=False)
-    base = alt.Chart(values(rows)).encode(
-        x=alt.X(
-            "column:N",
-            title="have the contents",
-            sort=names,
-            scale=alt.Scale(domain=names),
-            axis=axis.copy() if len(names) < 6 else alt.Axis(labelLimit=120, domain=False, ticks=False, labelAngle=-45),
-        ),
-        y=alt.Y("row:N", title="of the pages of", sort=names, scale=alt.Scale(domain=names), axis=axis),
-        tooltip=["row:N", "column:N", alt.Tooltip("share:Q", format=".1%")],
-    )
-    high = float(max(0.01, *known))
-    layers = [
-        base.mark_rect().encode(
-            color=alt.Color(
-                "share:Q",
-                scale=alt.Scale(domain=[0, high], range=list(_ramp())),
-                legend=alt.Legend(format="%", gradientLength=160),
-            )
-        )
-    ]
-    if len(names) <= 9:
-        dark = alt.condition(f"datum.share > {0.55 * high:.6g}", alt.value("#ffffff"), alt.value("#10151d"))
-        layers.append(base.mark_text(fontSize=11).encode(text=alt.Text("share:Q", format=".0%"), color=dark))
-    return Figure(
-        "matrix",
-        "Who shares with whom",
-        "Of the pages of the row, those whose content the column has, too; zero pages apart.",
-        alt.layer(*layers)
-        .resolve_scale(color="independent")
-        .properties(width="container", height=len(names) * max(22, min(44, 340 // max(len(names), 1)))),
-        ("of the pages of", *names),
-        [
-            (a, *("" if not np.isfinite(share[i, j]) else f"{share[i, j]:.1%}" for j in range(len(names))))
-            for i, a in enumerate(names)
-        ],
-        f"{len(answer.samples)} samples are shown by class: means over pairs of samples." if by_class else "",
-    )
-
-
-def _ramp() -> Sequence[str]:
-    from ksm.charts import RAMP
-
-    return RAMP
-
-
-def _mean_pair(share: Any, rows: Any, columns: Any) -> float:
-    """The mean over pairs of different samples; NaN where there is none."""
-    block = share[np.ix_(rows, columns)]
-    pairs = block.size - (int(rows.sum()) if (rows == columns).all() else 0)
-    total = block.sum() - (np.trace(block) if (rows == columns).all() else 0.0)
-    return float(total / pairs) if pairs else float("nan")

@@ -44,8 +44,10 @@ def page(
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
+    specs = {each.name: _spec(each) for each in figures if each.chart is not None}
+    keys = {name: _keys(spec) for name, spec in specs.items()}
     island = {
-        "specs": {each.name: _spec(each) for each in figures if each.chart is not None},
+        "specs": specs,
         "config": theme(CSS),
         "data": plain(data or {}),
     }
@@ -53,6 +55,7 @@ def page(
     markup = environment.get_template(template).render(
         title=title,
         figures={each.name: each for each in figures},
+        keys=keys,
         island=environment.filters["safe"](_inert(island)),
         scripts=[environment.filters["safe"](one) for one in code],
         style=environment.filters["safe"](_beside("base.css")),
@@ -68,6 +71,18 @@ def _spec(figure: Figure) -> dict[str, Any]:
     found: dict[str, Any] = figure.chart.to_dict()
     found.pop("config", None)  # the page has its own
     return found | {"description": figure.caption, "autosize": {"type": "fit-x"}}
+
+
+def _keys(said: Any) -> list[str]:
+    """The names of a chart's colours, taken out of it: the page says them in words that wrap where it is narrow."""
+    found: list[str] = []
+    for inner in said.values() if isinstance(said, dict) else said if isinstance(said, list) else ():
+        found = _keys(inner) or found
+    color = said.get("encoding", {}).get("color", {}) if isinstance(said, dict) else {}
+    if color.get("type") == "nominal":
+        color["legend"] = None
+        found = color["scale"]["domain"]
+    return found
 
 
 def _content_security(code: Sequence[str]) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from ksm.charts import Figure
-from ksm.plan.charts import extent, figures, unit
+from ksm.plan.charts import extent, figures
+from ksm.plan.drawn import unit
 from ksm.plan.result import HostPlan, Plan
 from ksm.plan.rows import figures as rows_of
 from ksm.report.page import page
@@ -113,7 +114,7 @@ def _controls(answer: Plan, each: HostPlan) -> list[dict[str, Any]]:
             "min": least,
             "max": max(2 * ram, least),
             "step": "any",
-            "value": round(ram, 6),
+            "value": f"{ram:.6g}",
         },
         {
             "name": "pages_to_scan",
@@ -129,7 +130,7 @@ def _controls(answer: Plan, each: HostPlan) -> list[dict[str, Any]]:
             "min": 0,
             "max": 100,
             "step": "any",
-            "value": round(100 * answer.policy.broken, 4),
+            "value": f"{100 * answer.policy.broken:.6g}",
         },
     ]
 
