@@ -198,3 +198,29 @@ class Settling:
     def stable_node_chains(self) -> int: ...
     @property
     def stable_node_dups(self) -> int: ...
+
+@final
+class Sharing:
+    """Which contents the members of groups have, as they come and go.
+
+    Args:
+        row: (n,) uint32, contents of one member after the other, each once a member.
+        starts: (members + 1,) int64, where each one's begin in `row`, ascending from 0 to n.
+
+    All methods are O(contents of the member). Members out of range are an IndexError.
+    """
+
+    def __init__(self, row: npt.NDArray[np.uint32], starts: npt.NDArray[np.int64]) -> None: ...
+    def add(self, member: int, group: int) -> None:
+        """A member joins a group, a number below 2**32."""
+    def remove(self, member: int, group: int) -> None:
+        """A member leaves the group that it is in."""
+    def new(self, member: int, group: int) -> int:
+        """How many contents a member would bring that nobody there has."""
+    def freed(self, member: int, group: int) -> int:
+        """How many contents would go with a member of the group."""
+    def new_each(self, members: npt.NDArray[np.int64], group: int, out: npt.NDArray[np.int64]) -> None:
+        """`new` of several members, written to `out`."""
+    @property
+    def pairs(self) -> int:
+        """Contents over all groups, one in two groups counted twice."""

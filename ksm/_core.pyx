@@ -49,6 +49,8 @@ from ksm._cy.table cimport table_free
 from ksm._cy.types cimport (
     DIRTY, FIRST_FRAME, FREE_NODE, HUGE, HUGE_ZERO, KSM, KSM_ZERO, LAZY, NOTHING, OWNED, SLOTS, ZERO_PAGE,
     Block, Frame, Origin, Space, StableNode)
+from ksm._cy.together cimport (
+    Together, together_add, together_free, together_having, together_remove, together_reserve)
 from ksm._cy.unstable cimport build_unstable, clear_unstable, make_explicit, touch_unstable, unstable_state
 from ksm._cy.visit cimport reserve
 from ksm._cy.walk cimport link_space, unlink_space, unregister
@@ -1037,3 +1039,88 @@ cdef class Settling:
     @property
     def stable_node_dups(self):
         return self.contents.dups
+
+
+# ---- contents that members of groups have in common, without any engine ----------------------------
+
+@cython.final
+cdef class Sharing:
+    """Which contents the members of groups have, as they come and go; see `_cy/together.pxd`.
+
+    Member i has the contents `row[starts[i]:starts[i + 1]]`, each once. All questions are O(its contents).
+
+    >>> import numpy as np
+    >>> sharing = Sharing(np.array([0, 1, 1, 2], np.uint32), np.array([0, 2, 4], np.int64))
+    >>> sharing.add(0, 7)
+    >>> sharing.new(1, 7), sharing.freed(0, 7), sharing.pairs
+    (1, 2, 2)
+    """
+
+    cdef Together table
+    cdef const uint32_t[::1] row
+    cdef const int64_t[::1] starts
+    cdef int64_t members
+
+    def __cinit__(self, const uint32_t[::1] row not None, const int64_t[::1] starts not None):
+        cdef int64_t i
+        self.members = starts.shape[0] - 1
+        if self.members < 0 or starts[0] != 0 or starts[self.members] != row.shape[0]:
+            raise ValueError(f"starts must go from 0 to {row.shape[0]}")
+        for i in range(self.members):
+            if starts[i] > starts[i + 1]:
+                raise ValueError(f"starts[{i + 1}] is below starts[{i}]")
+        self.row = row
+        self.starts = starts
+        if together_reserve(&self.table, 1) < 0:
+            raise MemoryError
+
+    def __dealloc__(self):
+        together_free(&self.table)
+
+    cdef const uint32_t *contents(self, int64_t member, uint64_t *n) except? NULL:
+        if not 0 <= member < self.members:
+            raise IndexError(f"member {member} of {self.members}")
+        n[0] = <uint64_t>(self.starts[member + 1] - self.starts[member])
+        return &self.row[self.starts[member]] if n[0] else NULL
+
+    def add(self, int64_t member, uint32_t group):
+        """A member joins a group."""
+        cdef uint64_t n = 0
+        cdef const uint32_t *row = self.contents(member, &n)
+        if together_reserve(&self.table, n) < 0:
+            raise MemoryError(f"counting {self.table.live:,} contents of groups")
+        together_add(&self.table, group, row, n)
+
+    def remove(self, int64_t member, uint32_t group):
+        """A member leaves the group that it is in."""
+        cdef uint64_t n = 0
+        cdef const uint32_t *row = self.contents(member, &n)
+        together_remove(&self.table, group, row, n)
+
+    def new(self, int64_t member, uint32_t group):
+        """How many contents a member would bring that nobody there has."""
+        cdef uint64_t n = 0
+        cdef const uint32_t *row = self.contents(member, &n)
+        return together_having(&self.table, group, row, n, 0)
+
+    def freed(self, int64_t member, uint32_t group):
+        """How many contents would go with a member of the group."""
+        cdef uint64_t n = 0
+        cdef const uint32_t *row = self.contents(member, &n)
+        return together_having(&self.table, group, row, n, 1)
+
+    def new_each(self, const int64_t[::1] members not None, uint32_t group, int64_t[::1] out not None):
+        """`new` of several members, written to `out`."""
+        cdef int64_t i
+        cdef uint64_t n = 0
+        cdef const uint32_t *row
+        if out.shape[0] != members.shape[0]:
+            raise ValueError(f"out has room for {out.shape[0]} of {members.shape[0]} members")
+        for i in range(members.shape[0]):
+            row = self.contents(members[i], &n)
+            out[i] = <int64_t>together_having(&self.table, group, row, n, 0)
+
+    @property
+    def pairs(self):
+        """Contents over all groups, one in two groups counted twice."""
+        return self.table.live

@@ -6,8 +6,9 @@ from ksm.fleet.cluster import Tls, connect, local
 from ksm.fleet.collections import content_totals, contents
 from ksm.fleet.fingerprints import fingerprint_vm
 from ksm.fleet.hosts import Host, read_hosts
+from ksm.fleet.moves import Move
 from ksm.fleet.packing import PlacementError
-from ksm.fleet.place import Move, Placement, place, read_fleet
+from ksm.fleet.place import Placement, place, read_fleet
 from ksm.fleet.sketch import Bounds
 from ksm.fleet.survey import LeftOut
 from ksm.fleet.vm import Vm

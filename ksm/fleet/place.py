@@ -2,50 +2,26 @@
 
 from __future__ import annotations
 
-import heapq
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, TypeAlias
 
-from ksm.errors import SourceError
+from ksm.errors import SourceError, UnsupportedError
 from ksm.fleet import exact, files, heuristics
+from ksm.fleet.alike import renamed
 from ksm.fleet.hosts import Host
+from ksm.fleet.improve import SWEEPS, improve, shifted
+from ksm.fleet.moves import Move, moves
 from ksm.fleet.packing import Packing, PlacementError, start
 from ksm.fleet.sample import Sample
 from ksm.fleet.sketch import Bounds, bounds, union
 from ksm.fleet.vm import Vm
 
 Method: TypeAlias = Literal["sharing", "exact", "today", "random", "decreasing", "class"]
+_HOPELESS = 1.1  # a beginning that leaves so many times the contents of the best is not worth improving
 METHODS: tuple[Method, ...] = ("sharing", "exact", "today", "random", "decreasing", "class")
-
-
-@dataclass(frozen=True, slots=True)
-class Move:
-    """One migration.
-
-    >>> Move("vm1", "h1", 0, "h2", 0, 4096).to_dict()["to"]
-    'h2'
-    """
-
-    vm: str
-    source: str
-    source_node: int
-    target: str
-    target_node: int
-    gain: int
-    """Bytes that it frees, done after those before it; below 0 where it makes room for others."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return {
-            "vm": self.vm,
-            "from": self.source,
-            "from_node": self.source_node,
-            "to": self.target,
-            "to_node": self.target_node,
-            "gain": self.gain,
-        }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +41,7 @@ class Placement:
     moves: tuple[Move, ...]
     """From today's placement, in order of gain."""
     saved: Bounds
-    """Bytes that merging saves, zero pages and `max_page_sharing` left out of account."""
+    """Bytes that merging saves, zero pages included; what `max_page_sharing` may cost is in the lower bound alone."""
     hosts_used: int
     hosts_freed: int
     """Hosts that hold VMs today, and then none."""
@@ -148,7 +124,7 @@ def place(
         seconds: for "exact".
         seed: for "random".
         sets: the high words of all of each VM's contents, to place by these instead of by sketches.
-        progress: called with (VMs placed, VMs).
+        progress: called with (steps done, steps).
 
     Raises:
         PlacementError: the constraints cannot be met; it says which. ValueError: a host without RAM.
@@ -171,6 +147,10 @@ def place(
         raise ValueError("placement needs hosts with RAM")
     if not 0 < overcommit <= 100:
         raise ValueError(f"overcommit is {overcommit}")
+    if migrations is not None and migrations < 0:
+        raise ValueError(f"migrations is {migrations}")
+    if not seconds > 0:
+        raise ValueError(f"seconds is {seconds}")
     sample = Sample.of(sketches) if sets is None else Sample.exact(sets)
     packing, today = start(vms, known, sample, overcommit)
     proven, best = None, None
@@ -212,46 +192,89 @@ def _sharing(
     progress: Callable[[int, int], object] | None,
 ) -> Packing:
     """The best of several beginnings, each improved."""
-    tried: list[Packing] = []
-    failed: PlacementError | None = None
-
-    def fill(packing: Packing) -> None:
-        heuristics.by_sharing(packing, today, progress)
-
-    def classes(packing: Packing) -> None:
-        heuristics.first_fit(packing, heuristics.by_class(packing))
-
-    beginnings = [lambda packing: _stay(packing, today), *([] if migrations is not None else [fill, classes])]
-    for begin in beginnings:
+    best: tuple[float, int, list[int]] | None = None
+    failed = None
+    beginnings = (_mended,) if migrations is not None else (_filled, _classes, _mended, _decreasing, _solved)
+    each = len(vms) * (1 + SWEEPS)
+    for turn, begin in enumerate(beginnings):
+        if best and begin in (_decreasing, _solved):
+            break  # they know nothing of sharing, and are there for hosts so full that the others find no room
+        show = shifted(progress and partial(_of, progress, each * len(beginnings)), turn * each)
         packing, _ = start(vms, hosts, sample, overcommit)
         try:
-            begin(packing)
+            begin(packing, today, show)
+            _within(packing, today, migrations)
         except PlacementError as error:
             failed = error
             continue
-        heuristics.improve(packing, today, migrations)
-        tried.append(packing)
-    allowed = [packing for packing in tried if not _broken(packing)]
-    if not allowed:
-        raise failed or PlacementError(
-            f"{_broken(tried[0])}: today's placement breaks this, and {migrations} migrations do not mend it"
+        if not best or packing.contents() < _HOPELESS * best[0]:
+            improve(packing, today, migrations, shifted(show, len(vms)))
+        found = packing.contents(), packing.used(), packing.at.tolist()
+        best = min(best, found, key=lambda one: one[:2]) if best else found
+    if best is None:
+        raise failed or PlacementError("no placement was found")
+    packing, _ = start(vms, hosts, sample, overcommit)  # only one is ever held: each counts the fleet's contents
+    _fill(packing, best[2])
+    if migrations is None:
+        at = renamed(packing, today)
+        packing, _ = start(vms, hosts, sample, overcommit)
+        _fill(packing, at)
+    return packing
+
+
+def _of(progress: Callable[[int, int], object], steps: int, done: int) -> None:
+    if done % max(steps // 1000, 1) == 0:  # a bar costs more to draw than a VM to place
+        progress(done, steps)
+
+
+def _within(packing: Packing, today: Any, migrations: int | None) -> None:
+    """Raise, if more VMs had to move for the constraints' sake than may."""
+    away = int(((packing.at != today) & (today >= 0)).sum())
+    if migrations is not None and away > migrations:
+        raise PlacementError(
+            f"today's placement breaks constraints ({_broken(packing, today)}): {away} VMs have to move to mend that, "
+            f"and {migrations} may"
         )
-    return min(allowed, key=lambda packing: (packing.contents(), packing.used()))
 
 
-def _broken(packing: Packing) -> str:
-    """A constraint that a placement breaks; ""."""
-    for where, bin in enumerate(packing.bins):
-        name = packing.hosts[bin.host].name
-        if packing.ram[where] > bin.ram * packing.overcommit:
-            return f"RAM of host {name}"
-        if bin.vcpus and packing.vcpus[where] > bin.vcpus:
-            return f"vCPUs of host {name}"
-        if len(packing.domains[bin.group]) > 1:
-            return f"security domains on host {name}"
-        for group, number in packing.apart[bin.host].items():
-            if number > 1:
-                return f"anti-affinity {group!r} on host {name}"
+def _mended(packing: Packing, today: Any, progress: Callable[[int], object]) -> None:
+    """Where VMs are, the largest first; those that a constraint keeps off their bin go first-fit."""
+    order = heuristics.decreasing(packing)
+    for vm in order:
+        if packing.at[vm] < 0 <= today[vm] and not packing.why_not(vm, int(today[vm])):
+            packing.put(vm, int(today[vm]))
+    heuristics.first_fit(packing, order)
+
+
+def _filled(packing: Packing, today: Any, progress: Callable[[int], object]) -> None:
+    heuristics.by_sharing(packing, today, progress)
+
+
+def _classes(packing: Packing, today: Any, progress: Callable[[int], object]) -> None:
+    heuristics.first_fit(packing, heuristics.by_class(packing))
+
+
+def _solved(packing: Packing, today: Any, progress: Callable[[int], object]) -> None:
+    """What the exact model finds, or proves not to be there; first fit, if that cannot be asked."""
+    try:
+        _fill(packing, exact.feasible(packing))
+    except (ValueError, UnsupportedError):
+        heuristics.first_fit(packing, heuristics.decreasing(packing))
+
+
+def _decreasing(packing: Packing, today: Any, progress: Callable[[int], object]) -> None:
+    heuristics.first_fit(packing, heuristics.decreasing(packing))
+
+
+def _broken(packing: Packing, at: Any) -> str:
+    """What a placement breaks: the first VM that a constraint keeps off its bin."""
+    tried, _ = start(packing.vms, packing.hosts, packing.sample, packing.overcommit)
+    for vm in heuristics.decreasing(packing):
+        if tried.at[vm] >= 0 or at[vm] < 0:
+            continue
+        if why := tried.why_not(vm, int(at[vm])):
+            return f"{why} of {packing.hosts[packing.bins[int(at[vm])].host].name}, for {packing.vms[vm].name}"
+        tried.put(vm, int(at[vm]))
     return ""
 
 
@@ -260,11 +283,13 @@ def _placement(
 ) -> Placement:
     vms, bins, hosts = packing.vms, packing.bins, packing.hosts
     size = vms[0].page_size
-    pages = sum(vm.pages - vm.zero_pages for vm in vms)
-    groups: dict[int, list[bytes]] = {}
+    groups: dict[int, list[int]] = {}
     for vm in range(len(vms)):
-        groups.setdefault(bins[int(packing.at[vm])].group, []).append(sketches[vm])
-    frames = sum((bounds(union(members)) for members in groups.values()), Bounds(0.0, 0.0, 0.0))
+        groups.setdefault(bins[int(packing.at[vm])].group, []).append(vm)
+    saved = Bounds(0.0, 0.0, 0.0)
+    for members in groups.values():
+        host = hosts[bins[int(packing.at[members[0]])].host]
+        saved += _saved([vms[vm] for vm in members], [sketches[vm] for vm in members], host)
     short = [
         (sum(packing.need(vm, int(packing.at[vm])) for vm in members) - (host.ram - host.reserve), host.name)
         for host, members in zip(hosts, packing.members, strict=True)
@@ -278,8 +303,8 @@ def _placement(
             vm.name: (hosts[bins[int(at)].host].name, bins[int(at)].node)
             for vm, at in zip(vms, packing.at, strict=True)
         },
-        moves=tuple(_moves(packing, today)),
-        saved=Bounds(*((pages - number) * size for number in (frames.estimate, frames.upper, frames.lower))),
+        moves=tuple(moves(packing, today)),
+        saved=Bounds(*(number * size for number in (saved.estimate, saved.lower, saved.upper))),
         hosts_used=len(after),
         hosts_freed=len(before - after),
         worst_host=worst_host,
@@ -290,28 +315,17 @@ def _placement(
     )
 
 
-def _moves(packing: Packing, today: Any) -> Iterable[Move]:
-    """The migrations, those first that free most at their turn; gains are of the sample."""
-    target = packing.at.copy()
-    now = Packing(packing.vms, packing.hosts, packing.sample, packing.overcommit)
-    _fill(now, today)
-    unit = packing.sample.weight * (packing.vms[0].page_size if packing.vms else 0)
-    todo = [vm for vm in range(len(target)) if today[vm] >= 0 and today[vm] != target[vm]]
+def _saved(vms: Sequence[Vm], sketches: Sequence[bytes], host: Host) -> Bounds:
+    """The pages that merging saves among VMs, zero pages included.
 
-    def gain(vm: int) -> int:
-        same = now.bins[int(now.at[vm])].group == now.bins[int(target[vm])].group
-        return 0 if same else now.freed(vm) - now.new(vm, int(target[vm]))
-
-    heap = [(-gain(vm), vm) for vm in todo]
-    heapq.heapify(heap)
-    while heap:
-        old, vm = heapq.heappop(heap)
-        freed = gain(vm)
-        if heap and -freed > max(old, heap[0][0]):  # worth less than it was, and now another is worth more
-            heapq.heappush(heap, (-freed, vm))
-            continue
-        source = now.bins[now.take(vm)]
-        now.put(vm, int(target[vm]))
-        goal = now.bins[int(target[vm])]
-        names = (packing.hosts[source.host].name, source.node, packing.hosts[goal.host].name, goal.node)
-        yield Move(packing.vms[vm].name, *names, round(freed * unit))
+    n copies of a content take ceil(n / max_page_sharing) frames, at most 1 + (n - 1) / max_page_sharing: sketches do
+    not tell the copies, so the lower bound takes all contents together to pay that.
+    """
+    most = host.max_page_sharing
+    zeros = sum(vm.zero_pages for vm in vms)
+    of_zeros = zeros if host.use_zero_pages else zeros - -(-zeros // most)
+    frames = bounds(union(sketches))
+    pages = sum(vm.pages - vm.zero_pages for vm in vms)
+    chained = max(pages - frames.lower, 0.0) / most
+    rest = pages + of_zeros
+    return Bounds(rest - frames.estimate, rest - frames.upper - chained, rest - frames.lower)

@@ -10,7 +10,9 @@ import numpy.typing as npt
 
 from ksm.fleet.sketch import retained
 
-CELLS = 64_000_000  # (VM, content) pairs that are kept at most: half a gigabyte while they are numbered
+# How many (VM, content) pairs are kept at most. 340 contents a VM tell whom it shares with in a fleet of 100,000, which
+# takes a gigabyte while they are numbered; small fleets have time for more.
+CELLS, CELLS_EACH = 2_000_000, 320
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,12 +26,24 @@ class Sample:
     (1.0, [[0], [0]], [1, 1])
     """
 
-    rows: tuple[npt.NDArray[np.int64], ...]
-    """Of each VM, the numbers of its contents, ascending."""
+    row: npt.NDArray[np.uint32]
+    """The numbers of contents, those of one VM after the other, ascending in each."""
+    starts: npt.NDArray[np.int64]
+    """(VMs + 1,) where each one's begin in `row`."""
     alone: npt.NDArray[np.int64]
     """Of each VM, how many sampled contents no other has."""
     weight: float
     """How many contents a sampled one stands for."""
+
+    @property
+    def rows(self) -> list[npt.NDArray[np.uint32]]:
+        """Of each VM, the numbers of its contents, ascending."""
+        return np.split(self.row, self.starts[1:-1]) if len(self.starts) > 1 else []
+
+    @property
+    def sizes(self) -> npt.NDArray[np.int64]:
+        """Of each VM, how many sampled contents it has, alone or not."""
+        return np.diff(self.starts) + self.alone
 
     @classmethod
     def of(cls, sketches: Sequence[bytes]) -> Sample:
@@ -44,7 +58,7 @@ class Sample:
         kept = [retained(data, f"sketch {index}") for index, data in enumerate(sketches)]
         fraction = min((share for _, share in kept), default=1.0)
         many = sum(len(hashes) * fraction / share for hashes, share in kept)
-        fraction = min(fraction, fraction * CELLS / max(many, 1.0))
+        fraction = min(fraction, fraction * (CELLS + CELLS_EACH * len(kept)) / max(many, 1.0))
         limit = np.uint64(min(fraction * float(1 << 63), float((1 << 63) - 1)))
         sets = [hashes[: np.searchsorted(hashes, limit)] if fraction < 1 else hashes for hashes, _ in kept]
         return cls._numbered(sets, 1.0 / fraction)
@@ -60,15 +74,19 @@ class Sample:
 
     @classmethod
     def _numbered(cls, sets: Sequence[npt.NDArray[np.uint64]], weight: float) -> Sample:
-        if not sets:
-            return cls((), np.zeros(0, np.int64), weight)
-        lengths = [len(part) for part in sets]
+        lengths = np.array([len(part) for part in sets], np.int64)
+        starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
+        if not starts[-1]:
+            return cls(np.zeros(0, np.uint32), np.zeros_like(starts), lengths, weight)
         _, number, many = np.unique(np.concatenate(sets), return_inverse=True, return_counts=True)
         shared = many > 1
-        code = np.cumsum(shared) - 1
-        rows, alone = [], []
-        for part in np.split(number, np.cumsum(lengths)[:-1]):
-            having = shared[part]
-            rows.append(np.sort(code[part[having]]).astype(np.int64))
-            alone.append(len(part) - len(rows[-1]))
-        return cls(tuple(rows), np.array(alone, np.int64), weight)
+        having = shared[number]
+        code = (np.cumsum(shared) - 1).astype(np.uint32)
+        before = np.concatenate([np.zeros(1, np.int64), np.cumsum(having)])
+        ascending = np.lexsort((number, np.repeat(np.arange(len(sets)), lengths))) if _unsorted(sets) else slice(None)
+        row = code[number[ascending]][having[ascending]]
+        return cls(row, before[starts], lengths - np.diff(before[starts]), weight)
+
+
+def _unsorted(sets: Sequence[npt.NDArray[np.uint64]]) -> bool:
+    return any(len(part) > 1 and bool((part[1:] < part[:-1]).any()) for part in sets)

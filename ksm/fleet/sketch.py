@@ -21,6 +21,11 @@ LG_K = 12  # 4,096 contents kept: a relative standard error of 1.6 %
 _WHOLE = float(1 << 63)  # the library's thresholds are of 63 bits
 _BATCH = 1 << 16
 
+# The layout of a sketch that has dropped hashes, as Apache DataSketches documents and `serialize` writes it: a byte
+# each for longs of preamble, serial version and family, the flags in byte 5, the number of hashes and the threshold in
+# the second and third long, then the hashes. Read here because 100,000 sketches are read a hundred times as fast.
+_ESTIMATING, _SERIAL, _COMPACT, _ORDERED = 3, 3, 3, 16
+
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
@@ -115,6 +120,11 @@ def retained(data: bytes, name: str = "sketch") -> tuple[npt.NDArray[np.uint64],
     >>> len(hashes), fraction
     (1, 1.0)
     """
+    longs = data[0] & 0x3F if len(data) > 24 else 0
+    if longs == _ESTIMATING and data[1] == _SERIAL and data[2] == _COMPACT and data[5] & _ORDERED:
+        kept, theta = int.from_bytes(data[8:12], "little"), int.from_bytes(data[16:24], "little")
+        if len(data) == 8 * (longs + kept) and 0 < theta < 1 << 63:
+            return np.frombuffer(data, "<u8", offset=8 * longs), theta / _WHOLE
     found = read(data, name)
     hashes = np.fromiter(found, np.uint64, found.num_retained)
     hashes.sort()

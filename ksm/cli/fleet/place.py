@@ -36,14 +36,7 @@ def command(given: tuple[str, ...], hosts_file: str, exact: bool, as_json: bool,
     baselines: tuple[Method, ...] = ("today", "random", "decreasing", "class")
     for method in (*baselines, *_exact(exact)):
         try:
-            others[method] = place(
-                vms,
-                sketches,
-                hosts,
-                method,
-                overcommit=overcommit,
-                seconds=options["seconds"],
-            )
+            others[method] = place(vms, sketches, hosts, method, overcommit=overcommit, seconds=options["seconds"])
         except PlacementError as error:
             others[method] = str(error)
     if as_json:
@@ -87,11 +80,11 @@ def methods(found: Placement, others: dict[str, Placement | str]) -> Table:
 
 def _moves(found: Placement) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for heading in ("move", "VM", "from", "to", "frees"):
+    for heading in ("move", "VM", "from", "to", "frees", ""):
         table.add_column(heading, justify="right" if heading in ("move", "frees") else "left")
     for index, move in enumerate(found.moves[:_ROWS], 1):
         here, there = f"{move.source}/{move.source_node}", f"{move.target}/{move.target_node}"
-        table.add_row(str(index), move.vm, here, there, binary(move.gain))
+        table.add_row(str(index), move.vm, here, there, binary(move.gain), "" if move.fits else "needs spare room")
     if len(found.moves) > _ROWS:
         table.add_row("", f"({len(found.moves) - _ROWS:,} more: --json)")
     return table
@@ -103,7 +96,7 @@ def sentences(found: Placement) -> list[str]:
     >>> sentences.__name__
     'sentences'
     """
-    saved = found.saved
+    saved, waiting = found.saved, sum(not move.fits for move in found.moves)
     worst = (
         f"When all sharing breaks, {found.worst_host} lacks {binary(found.worst_bytes)}."
         if found.worst_bytes > 0
@@ -111,6 +104,11 @@ def sentences(found: Placement) -> list[str]:
     )
     return [
         f"Merging then saves {binary(saved.estimate)} (95 %: {binary(saved.lower)} to {binary(saved.upper)}), zero "
-        f"pages not counted; {len(found.moves):,} moves, {found.hosts_freed} hosts freed.",
+        f"pages included; {len(found.moves):,} moves, {found.hosts_freed} hosts freed.",
+        *(
+            [f"{waiting:,} of the moves change places on full hosts: one of each ring waits on a spare host."]
+            if waiting
+            else []
+        ),
         worst,
     ]
