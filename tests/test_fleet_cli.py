@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from ksm.cli import main
+from ksm.fleet import Vm, fingerprint_vm
 from tests.fleets import pages
 
 
@@ -51,3 +52,22 @@ def test_failures_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert main(["fleet", "place", str(fleet), "--hosts", str(hosts)]) == 65
     said = capsys.readouterr().err.splitlines()
     assert len(said) >= 1 and "more than any NUMA node of any host has" in said[-1]
+
+
+def test_place_says_what_its_numbers_leave_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """VMs that run nowhere yet, and VMs that can only change places."""
+    page = {kind: bytes([kind]) * 8192 + bytes(range(256)) * 32 for kind in (1, 2)}
+    for name, host, kind in (("a", "h1", 1), ("b", "h2", 2), ("c", "h1", 2), ("d", "h2", 1)):
+        pinned = name in "ab"
+        fingerprint_vm(page[kind], tmp_path / "full", Vm(name=name, host=host, ram=1 << 20, pinned=pinned))
+    hosts = tmp_path / "hosts.yaml"
+    hosts.write_text("[{name: h, count: 2, ram: 2M}]")
+    assert main(["fleet", "place", str(tmp_path / "full"), "--hosts", str(hosts)]) == 0
+    said = capsys.readouterr().out
+    assert said.count("needs spare room") == 1 and "1 of the moves change places" in said and "2 moves, 0 hosts" in said
+    hosts.write_text("[{name: other, count: 2, ram: 3M}]")
+    for name in "ab":
+        fingerprint_vm(page[1], tmp_path / "new", Vm(name=name, host="h1"))
+    assert main(["fleet", "place", str(tmp_path / "new"), "--hosts", str(hosts)]) == 0
+    said = capsys.readouterr().out
+    assert "2 VMs on none of these hosts today: placed, no move." in said and "0 moves" in said

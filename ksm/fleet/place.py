@@ -28,7 +28,7 @@ METHODS: tuple[Method, ...] = ("sharing", "exact", "today", "random", "decreasin
 class Placement:
     """VMs on hosts, and what KSM saves there.
 
-    >>> placement = Placement(method="today", where={"a": ("h", 0)}, moves=(), saved=Bounds(1.0, 1.0, 1.0),
+    >>> placement = Placement(method="today", where={"a": ("h", 0)}, moves=(), newcomers=0, saved=Bounds(1.0, 1.0, 1.0),
     ...                       hosts_used=1, hosts_freed=0, worst_host="h", worst_bytes=0, proven=None,
     ...                       best_contents=None, weight=1.0)
     >>> placement.to_dict()["hosts_used"]
@@ -39,7 +39,9 @@ class Placement:
     where: Mapping[str, tuple[str, int]]
     """The host and node of each VM."""
     moves: tuple[Move, ...]
-    """From today's placement, in order of gain."""
+    """From today's placement, in an order that can be carried out, those that free most first."""
+    newcomers: int
+    """VMs that are on none of the hosts today: they are placed, and do not migrate."""
     saved: Bounds
     """Bytes that merging saves, zero pages included; what `max_page_sharing` may cost is in the lower bound alone."""
     hosts_used: int
@@ -59,6 +61,7 @@ class Placement:
         """All of it, for JSON."""
         names = (
             "method",
+            "newcomers",
             "hosts_used",
             "hosts_freed",
             "worst_host",
@@ -304,6 +307,7 @@ def _placement(
             for vm, at in zip(vms, packing.at, strict=True)
         },
         moves=tuple(moves(packing, today)),
+        newcomers=int((today < 0).sum()),
         saved=Bounds(*(number * size for number in (saved.estimate, saved.lower, saved.upper))),
         hosts_used=len(after),
         hosts_freed=len(before - after),

@@ -90,6 +90,10 @@ def _moves(found: Placement) -> Table:
     return table
 
 
+def _number(count: int, what: str) -> str:
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
+
+
 def sentences(found: Placement) -> list[str]:
     """The answer in words.
 
@@ -104,7 +108,12 @@ def sentences(found: Placement) -> list[str]:
     )
     return [
         f"Merging then saves {binary(saved.estimate)} (95 %: {binary(saved.lower)} to {binary(saved.upper)}), zero "
-        f"pages included; {len(found.moves):,} moves, {found.hosts_freed} hosts freed.",
+        f"pages included; {_number(len(found.moves), 'move')}, {_number(found.hosts_freed, 'host')} freed.",
+        *(
+            [f"{_number(found.newcomers, 'VM')} on none of these hosts today: placed, no move."]
+            if found.newcomers
+            else []
+        ),
         *(
             [f"{waiting:,} of the moves change places on full hosts: one of each ring waits on a spare host."]
             if waiting
