@@ -120,3 +120,15 @@ def test_what_two_pages_need_to_meet_may_never_come() -> None:
 def test_levels_are_the_mean_of_binary_digits(first: int, more: int, beyond: int) -> None:
     every = [max(n.bit_length() - beyond, 0) for n in range(first, first + more)]
     assert levels(np.array([first, first + more], float), beyond)[0] == pytest.approx(np.mean(every))
+
+
+@pytest.mark.parametrize("zero_merged", [True, False])
+def test_zero_pages_are_thinned_out_too(zero_merged: bool) -> None:
+    """The zero page is one content of a third of all pages: the simulation keeps its share, whether its hash falls in
+    what is kept or not, and so takes as long as the headline says for as many VMs."""
+    images = guests(4, 20000, 0, 6000, 0, 13000)
+    host = HostSpec(ram=10 * len(images[0]) * PAGE)
+    answer = planned(images, host, Policy(headroom=0, settle=120.0, use_zero_pages=zero_merged))
+    check = answer.check
+    assert check is not None and check.thinning > 4
+    assert check.seconds_99[1] * answer.fits.recommended / check.vms == pytest.approx(answer.settle.cold[99], rel=0.1)

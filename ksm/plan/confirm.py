@@ -39,8 +39,8 @@ def confirm(
     """Run a machine of `counts` VMs of each class, as many as samples can stand for, until it has settled.
 
     Its VMs are the samples over and over, what only one sample has made unlike in every copy, and are dealt out to the
-    nodes. One content of so many is kept, with all its copies, that the machine stays small; a batch is as much
-    smaller, a page costs as much more. A second machine has one VM less until it has settled.
+    nodes. One content of so many is kept, with all its copies, and one zero page of so many, that the machine stays
+    small; a batch is as much smaller, a page costs as much more. A second machine has one VM less until it has settled.
 
     >>> words = np.random.default_rng(0).integers(1, 1 << 60, (3000, 2), dtype=np.uint64)
     >>> vms = [Snapshot(str(n), 4096, True, True, ((0, Fingerprints(words[n * 500: n * 500 + 2000])),)) for n in (0, 1)]
@@ -103,9 +103,10 @@ def _private(taken: Sequence[Snapshot]) -> list[npt.NDArray[np.bool_]]:
 
 def _image(snapshot: Snapshot, private: npt.NDArray[np.bool_], copy: int, thinning: int) -> Fingerprints:
     words = snapshot.words()
-    keep = words[:, 1] % np.uint64(thinning) == 0
-    words, private = words[keep].copy(), private[keep] & (len(words) > 0)
     zero = Fingerprints(words).zeros(snapshot.page_size)
+    # Of the zero page, which may be a third of all pages and would be there or not, one copy of so many is kept.
+    keep = np.where(zero, np.cumsum(zero) % thinning == 0, words[:, 1] % np.uint64(thinning) == 0)
+    words, private, zero = words[keep].copy(), private[keep], zero[keep]
     words[private & ~zero, 1] ^= np.uint64(copy * 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF)
     return Fingerprints(words)
 
