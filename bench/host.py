@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 import platform
-import re
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
 from bench.reader import how
 from ksm._core import fingerprint_forms
+from ksm.calibrate import processor
 
 PACKAGES = ("ksm", "numpy", "xxhash", "pandas", "polars", "duckdb")
 
@@ -17,7 +16,7 @@ PACKAGES = ("ksm", "numpy", "xxhash", "pandas", "polars", "duckdb")
 def description() -> dict[str, str | int | float]:
     """The machine, its system and the versions, for people and JSON."""
     return {
-        "processor": _processor(),
+        "processor": processor(),
         "cpus": os.cpu_count() or 1,
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "system": f"{platform.system()} {platform.release()}",
@@ -43,11 +42,3 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def _processor() -> str:
-    try:
-        match = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)
-    except OSError:
-        match = None
-    return match[1].strip() if match else platform.processor() or platform.machine()

@@ -362,11 +362,16 @@ def describe(cost: CostModel, now: Callable[[], float] = time.time) -> CostModel
     'ksm calibrate, 1970-01-01'
     """
     day = time.strftime("%Y-%m-%d", time.gmtime(now()))
-    origin = f"ksm calibrate, {day}, {platform.system()} {platform.release()}, {_processor()}"
+    origin = f"ksm calibrate, {day}, {platform.system()} {platform.release()}, {processor()}"
     return replace(cost, hz=_ticks() or cost.hz, origin=origin)
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The model of this machine's processor, by its own name.
+
+    >>> bool(processor())
+    True
+    """
     try:
         match = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)
     except OSError:

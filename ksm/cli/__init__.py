@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import importlib.metadata
 import os
 import signal
@@ -13,11 +12,12 @@ from types import FrameType, MappingProxyType
 from typing import NoReturn
 
 import click
-from click.shell_completion import CompletionItem, shell_complete
+from click.shell_completion import shell_complete
 
+from ksm.cli.lazy import LazyGroup
 from ksm.errors import KsmError
 
-# name -> (module with an object of that name, what the list of commands says about it)
+# name of the command and its module -> what the list of commands says about it
 _COMMANDS: Mapping[str, str] = MappingProxyType(
     {
         "advise": "What KSM is doing on this host, and what to do about it.",
@@ -73,28 +73,12 @@ def _version(ctx: click.Context, param: click.Parameter, wanted: bool) -> None:
         ctx.exit()
 
 
-class _Lazy(click.Group):
-    """Commands are imported when they are run."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return sorted(_COMMANDS)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in _COMMANDS:
-            return None
-        command: click.Command = importlib.import_module(f"ksm.cli.{cmd_name}").command
-        return command
-
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Commands"):
-            formatter.write_dl(sorted(_COMMANDS.items()))
-
-    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
-        found = [CompletionItem(name, help=text) for name, text in _COMMANDS.items() if name.startswith(incomplete)]
-        return sorted(found, key=lambda item: str(item.value)) + click.Command.shell_complete(self, ctx, incomplete)
-
-
-@click.group(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(
+    cls=LazyGroup,
+    package="ksm.cli",
+    texts=_COMMANDS,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
 @click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_version, help="Show the version.")
 def cli() -> None:
     """Linux Kernel Samepage Merging, exactly: estimate it, simulate it, compare it with the kernel.

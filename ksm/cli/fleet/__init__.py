@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, TypeVar
 
 import click
 
+from ksm.cli.lazy import LazyGroup
 from ksm.fleet import Tls, connect, local
 from ksm.fleet.hosts import size
 
@@ -26,22 +26,7 @@ _COMMANDS: Mapping[str, str] = MappingProxyType(
 )
 
 
-class _Lazy(click.Group):
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return sorted(_COMMANDS)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in _COMMANDS:
-            return None
-        command: click.Command = importlib.import_module(f"ksm.cli.fleet.{cmd_name}").command
-        return command
-
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Commands"):
-            formatter.write_dl(sorted(_COMMANDS.items()))
-
-
-@click.group(cls=_Lazy)
+@click.group(cls=LazyGroup, package="ksm.cli.fleet", texts=_COMMANDS)
 def command() -> None:
     """Sharing across thousands of VMs, from the files that `ksm fingerprint` writes."""
 
