@@ -1,4 +1,4 @@
-"""Each kernel and path on its own: `python -m pytest bench --benchmark-enable --benchmark-only`."""
+"""Each kernel and path on its own: `python -m pytest bench -n 0 --benchmark-enable --benchmark-only`."""
 
 from __future__ import annotations
 
