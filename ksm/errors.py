@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno as _errno
 import os
+from collections.abc import Iterable
 
 
 class KsmError(Exception):
@@ -112,6 +113,20 @@ class SchedulerLostError(KsmError):
     """
 
     exit_code = 75
+
+
+class WorkersGoneError(KsmError):
+    """No worker is left on hosts that alone have files which are needed; `hosts` has their names.
+
+    >>> str(WorkersGoneError(["10.0.0.2"]))
+    'no worker is left on 10.0.0.2'
+    """
+
+    exit_code = 75
+
+    def __init__(self, hosts: Iterable[str]) -> None:
+        self.hosts = frozenset(hosts)
+        super().__init__(f"no worker is left on {', '.join(sorted(self.hosts))}")
 
 
 class InvariantError(KsmError):

@@ -60,11 +60,10 @@ SCHEDULER = "from distributed.cli.dask_scheduler import main; main()"
 WORKER = "from distributed.cli.dask_worker import main; main()"
 
 
-def environment() -> dict[str, str]:
-    return {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(Path(ksm.__file__).parents[1]), str(Path(__file__).parents[1])]),
-    }
+def environment(search: str = "") -> dict[str, str]:
+    """For processes that shall see this ksm; `search` comes first on their path."""
+    path = [str(Path(ksm.__file__).parents[1]), str(Path(__file__).parents[1])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([search, *path] if search else path)}
 
 
 def free_port() -> int:
@@ -80,13 +79,15 @@ class Cells:
         self.directory = directory
         self.processes: list[subprocess.Popen[bytes]] = []
 
-    def start(self, script: str, *arguments: str, inside: tuple[str, ...] = ()) -> subprocess.Popen[bytes]:
+    def start(
+        self, script: str, *arguments: str, inside: tuple[str, ...] = (), search: str = ""
+    ) -> subprocess.Popen[bytes]:
         log = (self.directory / f"log-{len(self.processes)}").open("wb")
         with log:
             process = subprocess.Popen(
                 [*inside, sys.executable, "-c", script, *arguments],
                 cwd=self.directory,
-                env=environment(),
+                env=environment(search),
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -99,9 +100,11 @@ class Cells:
             SCHEDULER, "--host", host, "--port", str(port), "--dashboard-address", ":0", *more, inside=inside
         )
 
-    def worker(self, address: str, *more: str, inside: tuple[str, ...] = ()) -> subprocess.Popen[bytes]:
+    def worker(
+        self, address: str, *more: str, inside: tuple[str, ...] = (), search: str = ""
+    ) -> subprocess.Popen[bytes]:
         arguments = ("--nworkers", "1", "--nthreads", "1", "--no-dashboard", "--no-nanny", "--local-directory")
-        return self.start(WORKER, address, *arguments, str(self.directory), *more, inside=inside)
+        return self.start(WORKER, address, *arguments, str(self.directory), *more, inside=inside, search=search)
 
     def end(self) -> None:
         for process in self.processes:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
@@ -13,11 +15,20 @@ from rich.table import Table
 
 from ksm.cli.common import binary, out, print_json, progress
 from ksm.cli.fleet import FAILED, byte_size, cluster_options, opened
-from ksm.errors import KsmError, SourceError
+from ksm.errors import KsmError, SchedulerLostError, SourceError, WorkersGoneError
 from ksm.fleet import Vm, fingerprint_vm
-from ksm.fleet.cluster import everywhere, places
+from ksm.fleet.cluster import everywhere, first_done, result
 from ksm.fleet.fingerprints import fingerprint_where
 from ksm.keyed import Key
+
+
+@dataclass
+class _Outcome:
+    """What was written, what was not and why, and what ended it early."""
+
+    done: list[Vm] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
+    error: Exception | None = None
 
 
 def _tags(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> Mapping[str, str]:
@@ -73,17 +84,25 @@ def command(sources: tuple[str, ...], output: str, as_json: bool, **options: Any
     if len({vm.name for _, vm in vms}) < len(vms):
         raise click.UsageError("two sources would have the same name: NAME=SOURCE gives others")
     if cluster["scheduler"]:
-        done, failed = _on_workers(vms, output, how, cluster)
+        if how["key"] and cluster["scheduler"].startswith("tcp://") and not _loopback(cluster["scheduler"]):
+            raise click.UsageError("the key would travel to the workers for all to read: --key-file needs tls://")
+        found = _on_workers(vms, output, how, cluster, as_json)
     else:
-        done, failed = _here(vms, output, how, as_json)
+        found = _here(vms, output, how, as_json)
     if as_json:
-        print_json({"vms": [vm.to_dict() for vm in done], "failed": failed})
-    elif done:
-        out().print(_table(done))
-    for name, why in failed.items():
+        print_json({"vms": [vm.to_dict() for vm in found.done], "failed": found.failed})
+    elif found.done:
+        out().print(_table(found.done))
+    for name, why in found.failed.items():
         click.echo(f"ksm: {name}: {why}", err=True)
-    if failed:
+    if found.error:
+        raise found.error
+    if found.failed:
         raise click.exceptions.Exit(FAILED)
+
+
+def _loopback(scheduler: str) -> bool:
+    return scheduler.removeprefix("tcp://").startswith(("127.", "localhost:", "[::1]"))
 
 
 def _named(source: str) -> tuple[str, str]:
@@ -93,37 +112,60 @@ def _named(source: str) -> tuple[str, str]:
     return os.path.basename(source.rstrip(os.sep)) or source, source
 
 
-def _here(vms: Sequence[tuple[str, Vm]], output: str, how: Mapping[str, Any], quiet: bool) -> Any:
-    done, failed = [], {}
+def _here(vms: Sequence[tuple[str, Vm]], output: str, how: Mapping[str, Any], quiet: bool) -> _Outcome:
+    found = _Outcome()
     for source, vm in vms:
+        if found.error:
+            found.failed[vm.name] = "not read"
+            continue
         with progress(vm.name, quiet=quiet) as show:
             try:
-                done.append(fingerprint_vm(source, output, vm, progress=show, **how))
+                found.done.append(fingerprint_vm(source, output, vm, progress=show, **how))
             except SourceError as error:
-                failed[vm.name] = str(error)
-    return done, failed
+                found.failed[vm.name] = str(error)
+            except OSError as error:  # of the directory or its disk: the others would meet it too
+                found.error = error
+    return found
 
 
-def _on_workers(vms: Sequence[tuple[str, Vm]], output: str, how: Mapping[str, Any], cluster: Mapping[str, Any]) -> Any:
-    done, failed = [], {}
-    with opened(cluster) as client:
+def _on_workers(
+    vms: Sequence[tuple[str, Vm]], output: str, how: Mapping[str, Any], cluster: Mapping[str, Any], quiet: bool
+) -> _Outcome:
+    found = _Outcome()
+    with opened(cluster) as client, progress("fingerprinting", quiet=quiet) as show:
         seen = everywhere(client, _which, [source for source, _ in vms])
-        addresses = places(client)
-        futures = []
+        running: dict[Any, tuple[str, Vm]] = {}
+        needed = set()
         for source, vm in vms:
-            having = [address for place, there in seen.items() if source in there for address in addresses[place]]
+            having = tuple(place for place, there in seen.items() if source in there)
             if not having:
-                failed[vm.name] = f"{source}: no worker has it"
+                found.failed[vm.name] = f"{source}: no worker has it"
                 continue
-            start = client.submit
+            needed.add(having)
             arguments = (source, os.path.abspath(output), vm, dict(how))
-            futures.append((vm, start(fingerprint_where, *arguments, workers=having, pure=False, retries=0)))
-        for vm, future in futures:
-            try:
-                done.append(Vm.from_dict(future.result()))
-            except (KsmError, OSError) as error:
-                failed[vm.name] = str(error)
-    return done, failed
+            future = client.submit(fingerprint_where, *arguments, workers=list(having), pure=False, retries=0)
+            running[future] = source, vm
+        wanted = len(running)
+        try:
+            while running:
+                for future in first_done(client, running, needed):
+                    _, vm = running.pop(future)
+                    try:
+                        found.done.append(Vm.from_dict(result(client, future)))
+                    except SchedulerLostError:
+                        running[future] = "", vm
+                        raise
+                    except (KsmError, OSError) as error:
+                        found.failed[vm.name] = " ".join(str(error).split())
+                    show(wanted - len(running), wanted)
+        except (SchedulerLostError, WorkersGoneError) as error:
+            found.error = error
+            found.failed |= {vm.name: "not known whether it was written" for _, vm in running.values()}
+        finally:
+            with contextlib.suppress(Exception):
+                client.cancel(list(running))
+    found.done.sort(key=lambda vm: vm.name)
+    return found
 
 
 def _which(sources: Sequence[str]) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -12,6 +11,7 @@ from typing import Any, Literal, TypeAlias
 
 from ksm.constants import RMAP_ITEM_BYTES
 from ksm.fleet.extras import need
+from ksm.fleet.files import whole
 from ksm.fleet.survey import LeftOut
 
 Table: TypeAlias = Literal["hosts", "vms", "classes", "host_pairs", "top", "known"]
@@ -165,19 +165,9 @@ class Analysis:
                 continue
             about = {b"ksm.fleet.complete": json.dumps(self.complete).encode()}
             table = pa.Table.from_pylist(rows).replace_schema_metadata(about)
-            done.append(_whole(where / f"{name}.parquet", lambda path, table=table: parquet.write_table(table, path)))
-        text = json.dumps(self.to_dict(), indent=2) + "\n"
-        done.append(_whole(where / "analysis.json", lambda path: path.write_text(text)))
-        return done
-
-
-def _whole(path: Path, write: Any) -> Path:
-    """Write beside it and rename, so that what has the name is whole."""
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        write(temporary)
-        temporary.replace(path)
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-    return path
+            with whole(where / f"{name}.parquet") as (part,):
+                parquet.write_table(table, part)
+            done.append(where / f"{name}.parquet")
+        with whole(where / "analysis.json") as (part,):
+            part.write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+        return [*done, where / "analysis.json"]

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from ksm.errors import SchedulerLostError, SourceError
+from ksm.errors import SchedulerLostError, SourceError, WorkersGoneError
 from ksm.fleet import cluster, runner, survey
 from ksm.fleet.analysis import Analysis, Sharing
 from ksm.fleet.extras import need
@@ -20,6 +20,7 @@ from ksm.fleet.tally import GROUP_FIGURES, KNOWN_FIGURES, VM_FIGURES, Ints, Layo
 from ksm.fleet.vm import Vm
 from ksm.keyed import Key
 from ksm.pages import zero_words
+from ksm.units import binary
 
 Paths: TypeAlias = "str | os.PathLike[str] | Sequence[str | os.PathLike[str]]"
 
@@ -53,8 +54,9 @@ def analyze(
         progress: called with (ranges done, ranges).
 
     Returns:
-        The figures. Files that are damaged, of an unknown format or gone are left out and named in `left_out`; if the
-        scheduler goes away, figures of the ranges that were done are given. `complete` tells.
+        The figures. Files that are damaged, of an unknown format or gone, or on a host whose workers died, are left
+        out and named in `left_out`; if the scheduler or all workers go away, figures of the ranges that were done are
+        given. `complete` tells.
 
     Raises:
         SourceError: no file is left; page sizes or keys differ. ValueError: a host has too few nodes.
@@ -151,9 +153,13 @@ def _count(
         if not done:
             raise
         cut = f"{error}: {done} of {len(parts)} ranges of contents were counted, and the figures are of these alone."
+    except WorkersGoneError as error:  # counted again without the files that only they had
+        return Analysis(**_EMPTY), {
+            index: str(error) for index, entry in enumerate(entries) if entry.places and error.hosts >= {*entry.places}
+        }
     broken = {int(where.order[index]): why for index, why in errors.items()}
     if done == len(parts):
-        broken |= _unlike(vms, where, total)
+        broken = _unlike(vms, where, total) | broken  # what reading found says more
     if broken:
         return Analysis(**_EMPTY), broken
     answer = _answer(vms, where, groups, by_name, one, total, cut)
@@ -248,7 +254,7 @@ def _answer(
         top=_top(where.known, total, zeros_alone, where, size),
         known=_known(total, fleet, merged, int(zeros_alone.sum())),
         left_out=(),
-        assumed=tuple(_assumed(vms, cut)),
+        assumed=(*_assumed(vms, cut), *_too_small(rows.values(), hosts)),
         contents=total.contents,
         ranges=1,
         ranges_counted=1,
@@ -340,6 +346,13 @@ def _assumed(vms: Sequence[Vm], cut: str) -> Iterator[str]:
     alone = sum(not vm.host for vm in vms)
     if alone:
         yield f"{alone:,} VMs without a host are counted as if one host held them."
+
+
+def _too_small(rows: Iterable[Sharing], hosts: dict[str, Host]) -> Iterator[str]:
+    for row in rows:
+        ram = hosts[row.name].ram - hosts[row.name].reserve
+        if 0 < ram < row.frames_bytes:
+            yield f"Host {row.name} has {binary(ram)} for VMs, and their pages take {binary(row.frames_bytes)} merged."
 
 
 _EMPTY: dict[str, Any] = {

@@ -5,16 +5,19 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from multiprocessing import resource_tracker
 from typing import Any
 
-from ksm.errors import KsmError, SchedulerLostError, SourceError, UnsupportedError
+from ksm.errors import KsmError, SchedulerLostError, SourceError, UnsupportedError, WorkersGoneError
 from ksm.fleet.extras import need
 
 CONNECT_SECONDS = 10.0
+_QUIET_SECONDS = 2.0  # between two looks whether the scheduler and the workers are still there
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,21 +47,58 @@ def local(workers: int | None = None, memory: str | int = "auto") -> Iterator[An
     """
     distributed = need("distributed")
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with tempfile.TemporaryDirectory(prefix="ksm-fleet-") as directory:
-        cluster = distributed.LocalCluster(
-            n_workers=workers or cpus,
-            threads_per_worker=1,
-            processes=True,
-            dashboard_address="127.0.0.1:0",  # any port: nothing is served there without bokeh
-            memory_limit=memory,
-            local_directory=directory,
-            silence_logs=logging.CRITICAL,
-        )
+    dask = need("dask")
+    with (
+        tempfile.TemporaryDirectory(prefix="ksm-fleet-", ignore_cleanup_errors=True) as directory,
+        dask.config.set(temporary_directory=directory),  # the scheduler takes no argument for it
+    ):
+        with _not_interrupted():
+            cluster = distributed.LocalCluster(
+                n_workers=workers or cpus,
+                threads_per_worker=1,
+                processes=True,
+                dashboard_address="127.0.0.1:0",  # any port: nothing is served there without bokeh
+                memory_limit=memory,
+                local_directory=directory,
+                silence_logs=logging.CRITICAL,
+            )
         try:
             with distributed.Client(cluster) as client:
                 yield client
         finally:
             cluster.close()
+
+
+@contextlib.contextmanager
+def _not_interrupted() -> Iterator[None]:
+    """Threads and processes that start here never get SIGINT: Ctrl-C is for this thread, which then ends them all.
+
+    It is blocked and not ignored, so that one that comes meanwhile is delivered at the end.
+    """
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    resource_tracker.ensure_running()  # it would unblock the signal when the first process is started
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """What Dask would log, tracebacks among it, becomes one exception of ours."""
+    need("distributed")  # it sets levels when it is imported
+    loggers = [logging.getLogger(name) for name in [*logging.root.manager.loggerDict] if name.startswith("distributed")]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
 
 
 @contextlib.contextmanager
@@ -88,7 +128,11 @@ def connect(scheduler: str, tls: Tls | None = None, seconds: float = CONNECT_SEC
         security = distributed.Security(
             tls_ca_file=tls.ca, tls_client_cert=tls.cert, tls_client_key=tls.key, require_encryption=True
         )
-    logging.getLogger("distributed").setLevel(logging.CRITICAL)
+    with _quiet():
+        yield from _connected(distributed, scheduler, security, seconds)
+
+
+def _connected(distributed: Any, scheduler: str, security: Any, seconds: float) -> Iterator[Any]:
     try:
         client = distributed.Client(scheduler, timeout=seconds, security=security, set_as_default=False)
     except (OSError, TimeoutError, ValueError, RuntimeError) as error:
@@ -169,3 +213,75 @@ def everywhere(client: Any, function: Any, *arguments: Any) -> dict[str, Any]:
         if isinstance(answer, BaseException):
             raise KsmError(f"worker {address}: {type(answer).__name__}: {answer}")
     return {first[address]: answer for address, answer in answers.items()}
+
+
+# ---- waiting ----------------------------------------------------------------------------------------
+
+
+def first_done(client: Any, running: Collection[Any], needed: Iterable[tuple[str, ...]] = ()) -> set[Any]:
+    """Those of some futures that are done, as soon as one is.
+
+    Args:
+        client: whose futures they are.
+        running: the futures.
+        needed: hosts; one of each tuple must have a worker, or what runs there alone would never be done.
+
+    Raises:
+        SchedulerLostError: the scheduler went away, or all workers. WorkersGoneError: those of needed hosts.
+
+    >>> with local(1) as client:
+    ...     [result(client, future) for future in first_done(client, [client.submit(sum, [1, 2])])]
+    [3]
+    """
+    distributed = need("distributed")
+    while True:
+        try:
+            with client.as_current():  # `wait` asks the current client; of a dict it would look at the values
+                return set(distributed.wait(list(running), timeout=_QUIET_SECONDS, return_when="FIRST_COMPLETED").done)
+        except TimeoutError:
+            _alive(client, needed)
+        except Exception as error:
+            raise _lost(client, error) from None
+
+
+def _alive(client: Any, needed: Iterable[tuple[str, ...]]) -> None:
+    try:
+        client.sync(client.scheduler.identity, callback_timeout=CONNECT_SECONDS)
+        there = set(places(client))
+    except Exception as error:
+        raise _lost(client, error) from None
+    if client.status != "running":
+        return
+    if not there:
+        raise SchedulerLostError(f"{client.scheduler.address}: no workers are left")
+    if gone := {host for hosts in needed if not there & set(hosts) for host in hosts}:
+        raise WorkersGoneError(gone)
+
+
+def _lost(client: Any, error: BaseException) -> KsmError:
+    address = getattr(client.scheduler, "address", "the scheduler")
+    return SchedulerLostError(f"{address}: the scheduler went away ({type(error).__name__})")
+
+
+def result(client: Any, future: Any) -> Any:
+    """What a future that is done gives.
+
+    Raises:
+        SchedulerLostError: it went with the scheduler. KsmError: its workers died over and over, or were too small;
+        and whatever the work itself raised.
+
+    >>> with local(1) as client:
+    ...     result(client, client.submit(len, "abc"))
+    3
+    """
+    distributed = need("distributed")
+    try:
+        return future.result()
+    except distributed.KilledWorker as error:
+        raise KsmError(f"workers died over and over on one task: {' '.join(str(error).split())[:300]}") from None
+    except MemoryError:
+        raise KsmError("a worker ran out of memory: more --ranges make smaller ones") from None
+    except Exception as error:
+        if future.status == "cancelled" or client.status != "running":
+            raise _lost(client, error) from None
+        raise

@@ -8,8 +8,10 @@ rest. Zero pages are counted in the metadata alone. `NAME.sketch.parquet` has on
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
+import stat
 import urllib.parse
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -28,6 +30,7 @@ PAGES, SKETCH = ".pages.parquet", ".sketch.parquet"
 _KEY = b"ksm.fleet"
 _ROWS = 16384
 _MOST_COPIES = (1 << 31) - 1
+_LEAST_BYTES = 4  # a row on disk: distinct fingerprints do not compress, so fewer mean a row count that lies
 
 Words = npt.NDArray[np.uint64]
 Copies = npt.NDArray[np.int64]
@@ -42,6 +45,54 @@ def paths(directory: str | os.PathLike[str], name: str) -> tuple[Path, Path]:
     """
     stem = urllib.parse.quote(name, safe=" ()+,:=@")
     return Path(directory, stem + PAGES), Path(directory, stem + SKETCH)
+
+
+@contextlib.contextmanager
+def whole(*paths: Path) -> Iterator[list[Path]]:
+    """Names to write to, beside the paths: with the end of the `with` all are there, complete; if it fails, none is.
+
+    Raises:
+        OSError: with the first path's name, whatever the file system or pyarrow raised.
+
+    >>> with whole(Path("whole.txt")) as (part,):
+    ...     _ = part.write_text("all of it")
+    >>> Path("whole.txt").read_text(), part.exists()
+    ('all of it', False)
+    """
+    parts = [path.with_name(f".{path.name}.{os.getpid()}.part") for path in paths]
+    try:
+        yield parts
+        for part in parts:
+            with part.open("rb+") as file:
+                os.fsync(file.fileno())
+        for part, path in zip(parts, paths, strict=True):
+            part.replace(path)
+    except OSError as error:
+        raise _unwritten(paths[0], error) from None
+    finally:
+        for part in parts:
+            with contextlib.suppress(OSError):
+                part.unlink()
+
+
+def write_vm(
+    directory: str | os.PathLike[str],
+    vm: Vm,
+    words: npt.NDArray[np.uint64],
+    copies: npt.NDArray[np.int64],
+    sketch: bytes,
+) -> None:
+    """Write both files of a VM, or none: a disk that fills up leaves no half of it.
+
+    >>> from ksm.fleet.sketch import sketch
+    >>> one = np.ones((1, 2), np.uint64)
+    >>> write_vm(".", Vm(name="both", pages=3, contents=1), one, np.array([3]), sketch(one))
+    >>> [path.exists() for path in paths(".", "both")]
+    [True, True]
+    """
+    with whole(*paths(directory, vm.name)) as (pages_part, sketch_part):
+        write_pages(pages_part, vm, words, copies)
+        write_sketches(sketch_part, [vm], [sketch])
 
 
 def write_pages(path: Path, vm: Vm, words: npt.NDArray[np.uint64], copies: npt.NDArray[np.int64]) -> None:
@@ -95,18 +146,8 @@ def write_sketches(path: Path, vms: Sequence[Vm], sketches: Sequence[bytes]) -> 
 
 
 def _write(path: Path, table: Any, **options: Any) -> None:
-    parquet = need("pyarrow.parquet")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        parquet.write_table(table, temporary, write_page_checksum=True, **options)
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        raise _unwritten(path, error) from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+    with whole(path) as (part,):
+        need("pyarrow.parquet").write_table(table, part, write_page_checksum=True, **options)
 
 
 def _unwritten(path: Path, error: OSError) -> OSError:
@@ -122,6 +163,8 @@ def _reading(path: str | os.PathLike[str]) -> Iterator[None]:
     pa = need("pyarrow")
     where = os.fspath(path)
     try:
+        if not stat.S_ISREG(os.stat(where).st_mode):  # opening a pipe could wait for ever
+            raise SourceError("not a regular file")
         yield
     except SourceError as error:
         text = str(error)
@@ -130,7 +173,7 @@ def _reading(path: str | os.PathLike[str]) -> Iterator[None]:
         if error.errno is not None:
             raise SourceError(f"{where}: {os.strerror(error.errno)}") from None
         raise SourceError(f"{where}: damaged: {str(error).splitlines()[0]}") from None
-    except (pa.ArrowException, ValueError, KeyError, TypeError, OverflowError) as error:
+    except (pa.ArrowException, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise SourceError(f"{where}: damaged, or no file of ksm: {str(error).splitlines()[0]}") from None
 
 
@@ -155,14 +198,34 @@ def read_vm(path: str | os.PathLike[str]) -> Vm:
     Traceback (most recent call last):
     ksm.errors.SourceError: nothing.pages.parquet: No such file or directory
     """
-    parquet = need("pyarrow.parquet")
-    with _reading(path), parquet.ParquetFile(path) as file:
-        vm = Vm.from_dict(_about(file.schema_arrow.metadata))
-        if file.schema_arrow.names != ["high", "low", "copies"]:
-            raise SourceError(f"its columns are {', '.join(file.schema_arrow.names)}, not high, low, copies")
-        if file.metadata.num_rows != vm.contents:
-            raise SourceError(f"damaged: {file.metadata.num_rows} rows, its metadata says {vm.contents}")
+    with _reading(path):
+        footer, _, _ = _footer(path)
+        schema = footer.schema.to_arrow_schema()
+        vm = Vm.from_dict(_about(schema.metadata))
+        if schema.names != ["high", "low", "copies"]:
+            raise SourceError(f"its columns are {', '.join(schema.names)}, not high, low, copies")
+        if footer.num_rows != vm.contents:
+            raise SourceError(f"damaged: {footer.num_rows} rows, its metadata says {vm.contents}")
         return vm
+
+
+def _footer(path: str | os.PathLike[str]) -> tuple[Any, Words, Words]:
+    """A file's Parquet metadata, the first and the last high word of each row group. What was read is remembered."""
+    about = os.stat(path)
+    return _footer_of(os.fspath(path), about.st_size, about.st_ino, about.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=4096)
+def _footer_of(path: str, size: int, inode: int, changed: int) -> tuple[Any, Words, Words]:
+    footer = need("pyarrow.parquet").read_metadata(path)
+    if footer.num_rows * _LEAST_BYTES > size:
+        raise SourceError(f"damaged: {footer.num_rows} rows in {size} bytes")
+    edges = []
+    for index in range(footer.num_row_groups):
+        known = footer.row_group(index).column(0).statistics
+        edges.append((known.min, known.max) if known is not None and known.has_min_max else (0, (1 << 64) - 1))
+    least, most = np.array(edges, np.uint64).reshape(-1, 2).T
+    return footer, least, most
 
 
 def read_range(path: str | os.PathLike[str], first: int = 0, last: int = (1 << 64) - 1) -> Rows:
@@ -177,14 +240,11 @@ def read_range(path: str | os.PathLike[str], first: int = 0, last: int = (1 << 6
     [2]
     """
     parquet = need("pyarrow.parquet")
-    with _reading(path), parquet.ParquetFile(path, page_checksum_verification=True) as file:
-        about = file.metadata
-        wanted = []
-        for index in range(about.num_row_groups):
-            statistics = about.row_group(index).column(0).statistics
-            if statistics is None or not statistics.has_min_max or (statistics.min <= last and statistics.max >= first):
-                wanted.append(index)
-        table = file.read_row_groups(wanted, columns=["high", "low", "copies"], use_threads=False)
+    with _reading(path):
+        footer, least, most = _footer(path)
+        wanted = np.flatnonzero((least <= np.uint64(last)) & (most >= np.uint64(first))).tolist()
+        with parquet.ParquetFile(path, metadata=footer, page_checksum_verification=True) as file:
+            table = file.read_row_groups(wanted, columns=["high", "low", "copies"], use_threads=False)
         high, low, copies = (np.asarray(table.column(name)) for name in ("high", "low", "copies"))
     if high.dtype != np.uint64 or low.dtype != np.uint64 or copies.dtype != np.int32:
         raise SourceError(f"{os.fspath(path)}: damaged, or no file of ksm: {high.dtype}, {low.dtype}, {copies.dtype}")

@@ -31,7 +31,7 @@ def fingerprint_vm(
     force: bool = False,
     progress: Callable[[int, int], object] | None = None,
 ) -> Vm:
-    """Read a source's pages and write the VM's two files, sketch last. O(pages).
+    """Read a source's pages and write the VM's two files, both or none. O(pages).
 
     Args:
         source: what `ksm.estimate` takes.
@@ -60,9 +60,8 @@ def fingerprint_vm(
     if not 5 <= lg_k <= 21:
         raise ValueError(f"lg_k is {lg_k}; it can be 5 to 21")
     Path(directory).mkdir(parents=True, exist_ok=True)
-    pages_path, sketch_path = files.paths(directory, vm.name)
     if not force:
-        for path in (pages_path, sketch_path):
+        for path in files.paths(directory, vm.name):
             if path.exists():
                 raise SourceError(f"{path}: is there already (--force replaces it)")
     page_size = vm.page_size
@@ -88,8 +87,7 @@ def fingerprint_vm(
         zero_pages=zeros - absent,
         contents=len(contents),
     )
-    files.write_pages(pages_path, done, contents.words, copies)
-    files.write_sketches(sketch_path, [done], [sketch(contents.words, lg_k)])
+    files.write_vm(directory, done, contents.words, copies, sketch(contents.words, lg_k))
     return done
 
 

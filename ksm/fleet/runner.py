@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
 
-from ksm.errors import KsmError, SchedulerLostError, SourceError
+from ksm.errors import SourceError
 from ksm.fleet import cluster, files
-from ksm.fleet.extras import need
 from ksm.fleet.survey import Entry
 from ksm.fleet.tally import Layout, Tally, count
 
@@ -21,7 +20,6 @@ Piece: TypeAlias = tuple[tuple[Any, Any, Any, Any], Errors]
 Counted: TypeAlias = tuple[Tally, Errors]
 
 _WORDS = 1 << 64
-_QUIET_SECONDS = 2.0  # between two looks whether the scheduler is still there
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,20 +140,21 @@ def on(client: Any, work: Work, ranges: Sequence[tuple[int, int]]) -> Iterator[C
     []
 
     Raises:
-        SchedulerLostError: it went away. KsmError: workers died over and over, or no worker can read a file any more.
+        SchedulerLostError: it went away, or all workers. WorkersGoneError: those of a host that alone has files.
+        KsmError: workers died over and over.
     """
     if not ranges:
         return
-    distributed = need("distributed")
     submit = _submitter(client, work)
+    needed = {places for places in work.by_place() if places}
     todo = list(ranges)[::-1]
     wide = 2 * max(sum(client.nthreads().values()), 1)
     running = {submit(*todo.pop()) for _ in range(min(wide, len(todo)))}
     try:
         while running:
-            for future in _wait(client, distributed, running):
+            for future in cluster.first_done(client, running, needed):
                 running.discard(future)
-                yield _result(client, distributed, future)
+                yield cluster.result(client, future)
                 if todo:
                     running.add(submit(*todo.pop()))
     finally:
@@ -167,7 +166,6 @@ def _submitter(client: Any, work: Work) -> Callable[[int, int], Any]:
     """What starts the count of a range. The layout and the lists of files travel once, as tasks that can be redone."""
     token = object.__repr__(work) + str(id(work))
     where = client.submit(_same, work.layout, key=f"ksm-layout-{hash(token):x}", priority=10)
-    addresses = cluster.places(client) if any(places for places in work.by_place()) else {}
     paths = {
         places: client.submit(_same, paths, key=f"ksm-paths-{hash(token):x}-{index}", priority=10)
         for index, (places, paths) in enumerate(work.by_place().items())
@@ -178,8 +176,8 @@ def _submitter(client: Any, work: Work) -> Callable[[int, int], Any]:
         if list(paths) == [()] and not frames:
             return client.submit(count_files, where, paths[()], first, last, pure=False)
         pieces = [client.submit(frame_piece, frame, first, last, pure=False) for frame in frames]
-        for places, some in paths.items():
-            workers = _workers(places, addresses)
+        for places, some in paths.items():  # hosts, not addresses: a worker may be another one by then
+            workers = list(places) or None
             pieces.append(client.submit(read_piece, some, first, last, pure=False, workers=workers))
         return client.submit(count_pieces, where, *pieces, pure=False)
 
@@ -188,46 +186,3 @@ def _submitter(client: Any, work: Work) -> Callable[[int, int], Any]:
 
 def _same(value: Any) -> Any:
     return value
-
-
-def _workers(places: tuple[str, ...], addresses: Mapping[str, Sequence[str]]) -> list[str] | None:
-    return [address for place in places for address in addresses[place]] if places else None
-
-
-def _wait(client: Any, distributed: Any, running: set[Any]) -> set[Any]:
-    while True:
-        try:
-            with client.as_current():  # `wait` asks the current client, whoever's the futures are
-                return set(distributed.wait(running, timeout=_QUIET_SECONDS, return_when="FIRST_COMPLETED").done)
-        except TimeoutError:
-            _alive(client)
-            if client.status == "running" and not client.scheduler_info(n_workers=-1)["workers"]:
-                raise KsmError("no workers are left") from None
-        except Exception as error:
-            raise _lost(client, error) from None
-
-
-def _alive(client: Any) -> None:
-    try:
-        client.sync(client.scheduler.identity, callback_timeout=cluster.CONNECT_SECONDS)
-    except Exception as error:
-        raise _lost(client, error) from None
-
-
-def _lost(client: Any, error: BaseException) -> KsmError:
-    address = getattr(client.scheduler, "address", "the scheduler")
-    return SchedulerLostError(f"{address}: the scheduler went away ({type(error).__name__})")
-
-
-def _result(client: Any, distributed: Any, future: Any) -> Counted:
-    try:
-        counted: Counted = future.result()
-        return counted
-    except distributed.KilledWorker as error:
-        raise KsmError(f"workers died over and over on one range: {' '.join(str(error).split())[:300]}") from None
-    except MemoryError:
-        raise KsmError("a worker ran out of memory: more --partitions make smaller ones") from None
-    except Exception as error:
-        if future.status == "cancelled" or client.status != "running":
-            raise _lost(client, error) from None
-        raise

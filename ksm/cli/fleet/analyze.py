@@ -49,8 +49,12 @@ def command(given: tuple[str, ...], hosts_file: str | None, as_json: bool, outpu
         else:
             with opened(options) as client:
                 answer = analyze(given, hosts, client=client, progress=show, **how)
-    if output:
-        answer.write(output)
+    unwritten = None
+    try:  # the answer is shown all the same: to count it took long
+        if output:
+            answer.write(output)
+    except OSError as error:
+        unwritten = error
     if as_json:
         print_json(answer.to_dict())
     else:
@@ -58,8 +62,17 @@ def command(given: tuple[str, ...], hosts_file: str | None, as_json: bool, outpu
     for one_out in answer.left_out:
         click.echo(f"ksm: {one_out.path}: {'left out: ' if one_out.partial else ''}{one_out.why}", err=True)
     if not answer.complete:
-        click.echo("ksm: partial: the figures are of the rest", err=True)
+        click.echo(f"ksm: partial: {_rest(answer)}", err=True)
+    if unwritten:
+        raise unwritten
+    if not answer.complete:
         raise click.exceptions.Exit(PARTIAL)
+
+
+def _rest(answer: Analysis) -> str:
+    if answer.ranges_counted < answer.ranges:
+        return f"the figures are of {answer.ranges_counted} of {answer.ranges} ranges of contents"
+    return "the figures are of the rest"
 
 
 def show_answer(answer: Analysis) -> None:
