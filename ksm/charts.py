@@ -158,6 +158,113 @@ def values(rows: Sequence[Mapping[str, Any]]) -> Any:
     return load_altair().InlineData(values=[dict(row) for row in rows])
 
 
+def unit(most: float) -> tuple[float, str]:
+    """What to count bytes in on an axis.
+
+    >>> unit(3 << 30)
+    (1073741824, 'GiB')
+    """
+    gib, mib = 1 << 30, 1 << 20
+    return (gib, "GiB") if most >= 2 * gib else (mib, "MiB") if most >= 2 * mib else (1024, "KiB")
+
+
+def labels(names: Sequence[str], most: int = 28, paths: bool = True) -> list[str]:
+    """The telling ends of names, of paths the last part, with a number after those that are there twice.
+
+    >>> labels(["/tmp/a.raw", "/srv/a.raw", "web"]), labels(["site/h1"], paths=False)
+    (['a.raw (1)', 'a.raw (2)', 'web'], ['site/h1'])
+    """
+    ends = [(name.rstrip("/").rpartition("/")[2] if paths else name) or name for name in names]
+    ends = [end if len(end) <= most else "…" + end[-(most - 1) :] for end in ends]
+    return [end if ends.count(end) == 1 else f"{end} ({n + 1})" for n, end in enumerate(ends)]
+
+
+def stacked(names: Sequence[str], parts: Sequence[str], amounts: Sequence[Sequence[float]], title: str) -> Any:
+    """Bars of bytes, a row a name, made up of parts.
+
+    >>> drawn = stacked(["a"], ["zero", "other"], [[4096, 8192]], "memory")
+    >>> [row["share"] for row in drawn.data.to_dict()["values"]]
+    [0.33333, 0.66667]
+    """
+    alt = load_altair()
+    size, name = unit(max((sum(row) for row in amounts), default=0))
+    rows = [
+        {
+            "name": label,
+            "part": part,
+            "order": n,
+            "amount": round(each / size, 4),
+            "share": round(each / max(sum(row), 1), 5),
+        }
+        for label, row in zip(names, amounts, strict=True)
+        for n, (part, each) in enumerate(zip(parts, row, strict=True))
+    ]
+    tips = [
+        "name:N",
+        "part:N",
+        alt.Tooltip("amount:Q", format=",.1f", title=name),
+        alt.Tooltip("share:Q", format=".1%"),
+    ]
+    chart = (
+        alt.Chart(values(rows))
+        .mark_bar()
+        .encode(
+            y=alt.Y("name:N", title=None, sort=list(names), axis=alt.Axis(labelLimit=150, domain=False, ticks=False)),
+            x=alt.X("amount:Q", title=f"{title}, {name}"),
+            color=alt.Color("part:N", scale=alt.Scale(domain=list(parts))),
+            order="order:Q",
+            tooltip=tips,
+        )
+    )
+    return chart.properties(width="container", height=len(names) * max(18, min(34, 300 // max(len(names), 1))))
+
+
+def cells(
+    rows: Sequence[str],
+    columns: Sequence[str],
+    numbers: Sequence[Sequence[float | None]],
+    titles: tuple[str, str],
+    form: str = ".0%",
+    of: str = "share",
+) -> Any:
+    """A matrix in colours, from white for none to dark for the most; None leaves a cell out.
+
+    Args:
+        rows, columns: their names.
+        numbers: [row][column].
+        titles: of the rows and of the columns.
+        form: how d3-format writes a number.
+        of: what the numbers are, for the tooltip.
+
+    >>> drawn = cells(["a", "b"], ["a", "b"], [[None, 0.5], [0.25, None]], ("of", "has"))
+    >>> len(drawn.to_dict()["layer"])
+    2
+    """
+    alt = load_altair()
+    found: list[dict[str, Any]] = [
+        {"row": row, "column": column, "number": round(float(number), 4)}
+        for row, line in zip(rows, numbers, strict=True)
+        for column, number in zip(columns, line, strict=True)
+        if number is not None
+    ]
+    high = max([0.01, *(cell["number"] for cell in found)])
+    axis = {"labelLimit": 120, "domain": False, "ticks": False, "grid": False}
+    across = alt.Axis(**axis, labelAngle=0) if len(columns) < 6 else alt.Axis(**axis, labelAngle=-45)
+    base = alt.Chart(values(found)).encode(
+        x=alt.X("column:N", title=titles[1], sort=list(columns), scale=alt.Scale(domain=list(columns)), axis=across),
+        y=alt.Y("row:N", title=titles[0], sort=list(rows), scale=alt.Scale(domain=list(rows)), axis=alt.Axis(**axis)),
+        tooltip=["row:N", "column:N", alt.Tooltip("number:Q", title=of, format=form.replace(".0%", ".1%"))],
+    )
+    scale = alt.Scale(domain=[0, high], range=list(RAMP))
+    legend = alt.Legend(format=form, gradientLength=160, tickCount=4)
+    layers = [base.mark_rect().encode(color=alt.Color("number:Q", scale=scale, legend=legend))]
+    if len(columns) <= 9:
+        dark = alt.condition(f"datum.number > {0.55 * high:.6g}", alt.value("#ffffff"), alt.value("#10151d"))
+        layers.append(base.mark_text(fontSize=11).encode(text=alt.Text("number:Q", format=form), color=dark))
+    chart = alt.layer(*layers).resolve_scale(color="independent")
+    return chart.properties(width="container", height=len(rows) * max(22, min(44, 340 // max(len(rows), 1))))
+
+
 def standing_alone(figure: Figure, colors: Mapping[str, str] = LIGHT) -> altair.TopLevelMixin:
     """A figure's chart with title, theme and a fixed width, for notebooks and files.
 

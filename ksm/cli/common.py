@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -168,3 +171,24 @@ def progress(what: str, quiet: bool = False) -> Iterator[Callable[[int, int], No
     with bar:
         task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def write_whole(output: str, write: Callable[[str], object]) -> None:
+    """All of a file or nothing: `write` is given a path beside it, which is then put in its place.
+
+    >>> write_whole("answer.txt", lambda path: Path(path).write_text("42"))
+    >>> Path("answer.txt").read_text()
+    '42'
+    """
+    path = Path(output)
+    handle, beside = tempfile.mkstemp(suffix=path.suffix.lower(), prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    try:
+        write(beside)
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(beside, 0o666 & ~umask)
+        os.replace(beside, output)
+    except BaseException:
+        Path(beside).unlink(missing_ok=True)
+        raise

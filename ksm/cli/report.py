@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
-from ksm.cli.common import binary, out
+from ksm.cli.common import binary, out, write_whole
 from ksm.cli.plan import plan_options, work_out
 from ksm.plan import Plan
 
@@ -41,12 +40,12 @@ def command(sources: tuple[str, ...], output: str, chart: str | None, host: int,
         raise click.UsageError(f"{output} exists; --force overwrites it")
     answer = _plan(sources, options)
     if chart is not None:
-        _write(output, lambda path: answer.chart(chart, host - 1).save(path, scale_factor=2))
+        write_whole(output, lambda path: answer.chart(chart, host - 1).save(path, scale_factor=2))
     else:
         from ksm.report import plan_page
 
         page = plan_page(answer)
-        _write(output, lambda path: Path(path).write_text(page, encoding="utf-8", newline="\n"))
+        write_whole(output, lambda path: Path(path).write_text(page, encoding="utf-8", newline="\n"))
     console = out()
     console.print(answer.verdict()[0], soft_wrap=True)
     console.print(f"{output}: {binary(os.stat(output).st_size)}; open it in a browser.", soft_wrap=True)
@@ -63,19 +62,3 @@ def _plan(sources: Sequence[str], options: dict[str, Any]) -> Plan:
 
         return read_plan(sources[0])
     return work_out((), options | {"file": sources[0]})
-
-
-def _write(output: str, write: Any) -> None:
-    """All of it or nothing: a file beside it is put in its place."""
-    path = Path(output)
-    handle, beside = tempfile.mkstemp(suffix=path.suffix.lower(), prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    try:
-        write(beside)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(beside, 0o666 & ~umask)
-        os.replace(beside, output)
-    except BaseException:
-        Path(beside).unlink(missing_ok=True)
-        raise

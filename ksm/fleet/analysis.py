@@ -7,15 +7,30 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from ksm.constants import RMAP_ITEM_BYTES
 from ksm.fleet.extras import need
 from ksm.fleet.files import whole
 from ksm.fleet.survey import LeftOut
+from ksm.units import binary
+
+if TYPE_CHECKING:
+    import altair
 
 Table: TypeAlias = Literal["hosts", "vms", "classes", "host_pairs", "top", "known"]
 TABLES: tuple[Table, ...] = ("hosts", "vms", "classes", "host_pairs", "top", "known")
+
+PARTS: Mapping[str, str] = MappingProxyType(
+    {
+        "zeros": "saved_zero",
+        "within VMs": "saved_within_vms",
+        "between VMs of a class": "saved_between_vms",
+        "between classes": "saved_between_classes",
+    }
+)
+"""What a saving is made up of, in words: the fields of `Sharing`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,6 +137,52 @@ class Analysis:
         A file that is there twice leaves no gap.
         """
         return self.ranges_counted == self.ranges and not any(one.partial for one in self.left_out)
+
+    def verdict(self) -> list[str]:
+        """The answer in sentences.
+
+        >>> from ksm.fleet.analyze import _EMPTY
+        >>> Analysis(**_EMPTY).verdict()
+        ['Today KSM saves 0 B of 0 B; if one host held all, 0 B.']
+        """
+        total, one = self.total, self.one_host
+        whole = total.pages * total.page_size
+        share = f" ({100 * total.saved_bytes / whole:.1f} %)" if whole else ""
+        better = f" ({100 * one.saved_bytes / whole:.1f} %)" if whole else ""
+        lines = [
+            f"Today KSM saves {binary(total.saved_bytes)} of {binary(whole)}{share}; if one host held all, "
+            f"{binary(one.saved_bytes)}{better}."
+        ]
+        if total.saved_bytes:
+            said = ", ".join(
+                f"{name} {binary(getattr(total, field) * total.page_size)}" for name, field in PARTS.items()
+            )
+            lost = total.lost_to_limit * total.page_size
+            lines.append(f"Of today's saving: {said}{f'; max_page_sharing costs {binary(lost)}' if lost else ''}.")
+        return lines
+
+    def chart(self, kind: str = "saving") -> altair.TopLevelMixin:
+        """A chart of altair: for notebooks, and to be saved as PNG or SVG by its `save`.
+
+        Args:
+            kind: "saving", "hosts", "memory", "contents", and where there are several of them "classes", "pairs" (of
+                hosts) and "spread" (classes over hosts): see `ksm.fleet.charts.figures`.
+
+        Raises:
+            ValueError: no such kind. UnsupportedError: what `ksm[report]` has is not installed.
+
+        >>> from ksm.fleet import Vm, analyze, fingerprint_vm
+        >>> _ = fingerprint_vm(b"x" * 8192, "alone", Vm(name="a"))
+        >>> analyze("alone").chart("hosts").to_dict()["mark"]["type"]
+        'bar'
+        """
+        from ksm.charts import standing_alone
+        from ksm.fleet.charts import figures
+
+        found = figures(self)
+        if kind not in found:
+            raise ValueError(f"no chart {kind!r} of this fleet: there are {', '.join(found)}")
+        return standing_alone(found[kind])
 
     def to_dict(self) -> dict[str, Any]:
         """All of it, for JSON."""

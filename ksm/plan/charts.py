@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from ksm.charts import Figure, load_altair, values
+from ksm.charts import Figure, load_altair, unit, values
 from ksm.errors import PlanError
-from ksm.plan.drawn import composition, matrix, unit
+from ksm.plan.drawn import composition, matrix
 from ksm.plan.result import Curve, HostPlan, Plan, Timeline
 from ksm.units import binary, clock
 

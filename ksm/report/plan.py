@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ksm.charts import Figure
+from ksm.charts import Figure, unit
 from ksm.plan.charts import extent, figures
-from ksm.plan.drawn import unit
 from ksm.plan.result import HostPlan, Plan
 from ksm.plan.rows import figures as rows_of
 from ksm.report.page import page

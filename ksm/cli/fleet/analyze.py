@@ -135,30 +135,10 @@ def _top(answer: Analysis) -> Table:
 
 
 def sentences(answer: Analysis) -> list[str]:
-    """The answer in words.
+    """The answer in words, and what it takes for granted.
 
     >>> from ksm.fleet.analyze import _EMPTY
     >>> sentences(Analysis(**_EMPTY))[0]
     'Today KSM saves 0 B of 0 B; if one host held all, 0 B.'
     """
-    total, one = answer.total, answer.one_host
-    whole = total.pages * total.page_size
-    share = f" ({100 * total.saved_bytes / whole:.1f} %)" if whole else ""
-    better = f" ({100 * one.saved_bytes / whole:.1f} %)" if whole else ""
-    lines = [
-        f"Today KSM saves {binary(total.saved_bytes)} of {binary(whole)}{share}; if one host held all, "
-        f"{binary(one.saved_bytes)}{better}."
-    ]
-    if total.saved_bytes:
-        parts = {
-            "zeros": total.saved_zero,
-            "within VMs": total.saved_within_vms,
-            "between VMs of a class": total.saved_between_vms,
-            "between classes": total.saved_between_classes,
-        }
-        said = ", ".join(f"{name} {binary(pages * total.page_size)}" for name, pages in parts.items())
-        limit = (
-            f"; max_page_sharing costs {binary(total.lost_to_limit * total.page_size)}" if total.lost_to_limit else ""
-        )
-        lines.append(f"Of today's saving: {said}{limit}.")
-    return [*lines, *(f"Assumed: {line[0].lower()}{line[1:]}" for line in answer.assumed)]
+    return [*answer.verdict(), *(f"Assumed: {line[0].lower()}{line[1:]}" for line in answer.assumed)]
