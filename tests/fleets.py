@@ -17,7 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 import ksm
-from ksm.fleet import Vm, fingerprint_vm
+from ksm.errors import SchedulerLostError, UnsupportedError
+from ksm.fleet import Vm, connect, fingerprint_vm
 
 PAGE = 4096
 
@@ -44,10 +45,10 @@ def pages(seed: int, vms: int = 6, common: int = 120, own: int = 60) -> list[npt
 
 
 def fleet(
-    directory: Path, seed: int = 1, vms: int = 6, per_host: int = 2, **options: Any
+    directory: Path, seed: int = 1, vms: int = 6, per_host: int = 2, scale: int = 1, **options: Any
 ) -> list[npt.NDArray[np.uint8]]:
     """The files of such guests; "vm3" is of class "k1" and stands on "h1" when two share a host."""
-    images = pages(seed, vms)
+    images = pages(seed, vms, 120 * scale, 60 * scale)
     for index, image in enumerate(images):
         vm = Vm(name=f"vm{index}", kind=f"k{index % 2}", host=f"h{index // per_host}", node=index % 2)
         fingerprint_vm(image, directory, vm, threads=1, **options)
@@ -118,6 +119,27 @@ def wait_for_workers(client: Any, number: int, seconds: float = 60) -> None:
     while len(client.scheduler_info(n_workers=-1)["workers"]) < number:
         assert time.monotonic() < deadline, "the workers did not come up"
         time.sleep(0.1)
+
+
+class connect_when_up:
+    """`connect`, as soon as the scheduler and a worker answer."""
+
+    def __init__(self, address: str, tls: Any = None, seconds: float = 60) -> None:
+        self.arguments = (address, tls)
+        self.deadline = time.monotonic() + seconds
+
+    def __enter__(self) -> Any:
+        while True:
+            self.inner = connect(*self.arguments, seconds=1)
+            try:
+                return self.inner.__enter__()
+            except (SchedulerLostError, UnsupportedError):
+                if time.monotonic() > self.deadline:
+                    raise
+                time.sleep(0.1)
+
+    def __exit__(self, *error: Any) -> Any:
+        return self.inner.__exit__(*error)
 
 
 @contextlib.contextmanager

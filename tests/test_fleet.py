@@ -6,7 +6,6 @@ import dataclasses
 import itertools
 import os
 import shutil
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from ksm.fleet import Host, Vm, analyze, connect, fingerprint_vm, local
 from ksm.fleet import cluster as cluster_module
 from ksm.fleet.files import find, paths, read_range, read_sketches, read_vm
 from ksm.keyed import Key
-from tests.fleets import Cells, can_make_namespaces, fleet, free_port, namespaces, pages, wait_for_workers
+from tests.fleets import Cells, connect_when_up, fleet, free_port, pages, wait_for_workers
 
 KEY = Key.from_bytes(bytes(range(32)))
 
@@ -365,7 +364,7 @@ def test_the_scheduler_goes_away(tmp_path: Path) -> None:
     try:
         scheduler = cells.scheduler("127.0.0.1", port)
         cells.worker(address)
-        with connect_soon(address) as client:
+        with connect_when_up(address) as client:
             wait_for_workers(client, 1)
 
             def end(done: int, of: int) -> None:
@@ -380,87 +379,6 @@ def test_the_scheduler_goes_away(tmp_path: Path) -> None:
     assert f"{answer.ranges_counted} of 200 ranges" in answer.assumed[0]
     whole = analyze(tmp_path / "fleet")
     assert 0 < answer.contents < whole.contents
-
-
-def connect_soon(address: str) -> Any:
-    return connect_when_up(address)
-
-
-class connect_when_up:
-    """`connect`, as soon as the scheduler and a worker answer."""
-
-    def __init__(self, address: str, tls: Any = None, seconds: float = 60) -> None:
-        self.arguments = (address, tls)
-        self.deadline = time.monotonic() + seconds
-
-    def __enter__(self) -> Any:
-        while True:
-            self.inner = connect(*self.arguments, seconds=1)
-            try:
-                return self.inner.__enter__()
-            except (SchedulerLostError, UnsupportedError):
-                if time.monotonic() > self.deadline:
-                    raise
-                time.sleep(0.1)
-
-    def __exit__(self, *error: Any) -> Any:
-        return self.inner.__exit__(*error)
-
-
-def test_three_hosts_in_network_namespaces(tmp_path: Path) -> None:
-    """Each host has two VMs' files of its own; a worker dies half-way, a file is broken, one is there twice."""
-    if why := can_make_namespaces():
-        pytest.skip(why)
-    everything = tmp_path / "all"
-    fleet(everything)
-    expected = analyze(everything)
-    seen = tmp_path / "seen"
-    seen.mkdir()
-    cells = Cells(tmp_path)
-    with namespaces(["ha", "hb", "hc"]) as spaces:
-        try:
-            names = list(spaces)
-            address = f"tcp://{spaces[names[0]]}:8786"
-            cells.scheduler(spaces[names[0]], 8786, inside=("ip", "netns", "exec", names[0]))
-            workers = []
-            for index, name in enumerate(names):
-                own = tmp_path / f"disk{index}"
-                own.mkdir()
-                for number in (2 * index, 2 * index + 1):
-                    shutil.copy(everything / f"vm{number}.pages.parquet", own)
-                # `ip netns exec` also makes a mount namespace: each host has a disk of its own at the same path
-                mounted = f'mount --bind "{own}" "{seen}" && exec "$@"'
-                inside = ("ip", "netns", "exec", name, "sh", "-c", mounted, "sh")
-                workers += [cells.worker(address, "--host", spaces[name], inside=inside) for _ in range(2)]
-            assert not list(seen.iterdir())
-            with connect_when_up(address) as client:
-                wait_for_workers(client, 6)
-                assert len(cluster_module.places(client)) == 3
-                same(without_paths(analyze(seen, client=client, ranges=20)), without_paths(expected))
-
-                def kill(done: int, of: int) -> None:
-                    if done == of // 2:
-                        workers[2].kill()
-
-                killed = analyze(seen, client=client, ranges=20, progress=kill)
-                assert workers[2].wait() == -9
-                same(without_paths(killed), without_paths(expected))
-                shutil.copy(everything / "vm0.pages.parquet", tmp_path / "disk2" / "again.pages.parquet")
-                (tmp_path / "disk1" / "vm3.pages.parquet").write_bytes(b"PAR1 no more")
-                answer = analyze(seen, client=client, ranges=20)
-        finally:
-            cells.end()
-    others = [everything / f"vm{index}.pages.parquet" for index in (0, 1, 2, 4, 5)]
-    assert answer.total == analyze(others).total
-    said = {Path(one.path).name: one.partial for one in answer.left_out}
-    assert said == {"vm3.pages.parquet": True, "vm0.pages.parquet": False} or said == {
-        "vm3.pages.parquet": True,
-        "again.pages.parquet": False,
-    }
-
-
-def without_paths(answer: Any) -> Any:
-    return dataclasses.replace(answer, left_out=())
 
 
 def test_tls(tmp_path: Path) -> None:

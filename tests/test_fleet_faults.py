@@ -24,8 +24,7 @@ from ksm.cli import main
 from ksm.errors import SourceError, UnsupportedError
 from ksm.fleet import Host, Vm, analyze, connect, fingerprint_vm
 from ksm.fleet.files import find, paths, read_range, read_sketches, read_vm, write_pages
-from tests.fleets import Cells, environment, fleet, free_port, pages, wait_for_workers
-from tests.test_fleet import connect_when_up
+from tests.fleets import Cells, connect_when_up, environment, fleet, free_port, pages, wait_for_workers
 
 COMMAND = "import sys; from ksm.cli import main; sys.exit(main())"
 
