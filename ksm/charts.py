@@ -210,7 +210,7 @@ def stacked(names: Sequence[str], parts: Sequence[str], amounts: Sequence[Sequen
         .mark_bar()
         .encode(
             y=alt.Y("name:N", title=None, sort=list(names), axis=alt.Axis(labelLimit=150, domain=False, ticks=False)),
-            x=alt.X("amount:Q", title=f"{title}, {name}"),
+            x=alt.X("amount:Q", title=f"{title}, {name}", axis=alt.Axis(tickCount=8)),
             color=alt.Color("part:N", scale=alt.Scale(domain=list(parts))),
             order="order:Q",
             tooltip=tips,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from ksm.charts import Figure, cells, labels, load_altair, stacked, unit
@@ -12,6 +13,11 @@ from ksm.units import binary, many
 MOST = 24
 """More hosts or classes than these are not drawn: the charts have those that matter most, the tables `ROWS`."""
 ROWS = 200
+
+KINDS: Mapping[str, str] = MappingProxyType(
+    {"other": "any content", "zero": "zero pages", "filled": "filled with one byte", "files": "pages of files given"}
+)
+"""What contents are, in words, by their category."""
 
 _STAYS = "stays in memory"
 _OF_VMS = ("no other VM has it", "zero", "copies on its host", "copies on other hosts only")
@@ -121,7 +127,7 @@ def _hosts(answer: Analysis) -> Figure:
         stacked(_short([row.name for row in drawn]), [_STAYS, *PARTS], [_made_of(row) for row in drawn], "memory"),
         ("host", "VMs", "memory", "saved", "of it", *PARTS, "shared, kept once", "unique", "profit"),
         lines,
-        _capped("hosts", len(best), "that save most"),
+        capped("hosts", len(best), "that save most"),
     )
 
 
@@ -129,12 +135,16 @@ def _short(names: Sequence[str]) -> list[str]:
     return labels(names, 18, paths=False)
 
 
-def _capped(what: str, count: int, which: str, rows: int = ROWS) -> str:
-    """What was left out of a chart, and of its table."""
-    if count <= MOST:
+def capped(what: str, count: int, which: str, drawn: int = MOST) -> str:
+    """What was left out of a chart, and of its table.
+
+    >>> capped("hosts", 300, "that save most")
+    'Drawn are the 24 of 300 hosts that save most; the table has 200.'
+    """
+    if count <= drawn:
         return ""
-    table = f"the table has {rows:,}" if count > rows else "the table has all"
-    return f"Drawn are the {MOST} of {count:,} {what} {which}; {table}."
+    table = f"{ROWS:,}" if count > ROWS else "all"
+    return f"Drawn are the {drawn} of {count:,} {what} {which}; the table has {table}."
 
 
 # ---- who shares with whom --------------------------------------------------------------------------------
@@ -229,7 +239,7 @@ def _memory(answer: Analysis) -> Figure:
             (named(kind), f"{sums['vms']:,}", binary(sums["pages"] * size), *(binary(amount) for amount in row))
             for kind, sums, row in lines
         ],
-        _capped("classes", len(classes), "that are largest"),
+        capped("classes", len(classes), "that are largest"),
     )
 
 
@@ -238,14 +248,14 @@ def _memory(answer: Analysis) -> Figure:
 
 def _contents(answer: Analysis) -> Figure:
     drawn = answer.top[:12]
-    names = labels([row["what"] or row["content"][:12] for row in drawn], 26, paths=False)
-    amounts = [[float(row["copies"]) * answer.page_size] for row in drawn]
+    names = labels([row["what"] or row["content"][:12] for row in drawn], 22, paths=False)
+    amounts = [[float(row["copies"] * answer.page_size * (row["category"] == kind)) for kind in KINDS] for row in drawn]
     shown = [
         (
             row["content"],
             binary(row["copies"] * answer.page_size),
             *(f"{row[field]:,}" for field in ("copies", "vms", "classes", "hosts")),
-            row["what"] or row["category"],
+            row["what"] or KINDS[row["category"]],
         )
         for row in answer.top[:ROWS]
     ]
@@ -254,7 +264,7 @@ def _contents(answer: Analysis) -> Figure:
         "The contents that matter most",
         f"Those with most copies, of {many(answer.contents, 'content')} beside zero. Zero pages, pages filled with one "
         "byte and pages of files that were given have names; others are told by their fingerprint.",
-        stacked(names, ["all copies"], amounts, "memory"),
+        stacked(names, list(KINDS.values()), amounts, "memory of all copies"),
         ("content", "memory", "copies", "VMs", "classes", "hosts", "what"),
         shown,
         f"Drawn are the first {len(drawn)}; the table has {len(shown)}." if len(shown) > len(drawn) else "",

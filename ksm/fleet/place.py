@@ -18,6 +18,7 @@ from ksm.fleet.packing import Packing, PlacementError, start
 from ksm.fleet.sample import Sample
 from ksm.fleet.sketch import Bounds, bounds, union
 from ksm.fleet.vm import Vm
+from ksm.units import binary, many
 
 Method: TypeAlias = Literal["sharing", "exact", "today", "random", "decreasing", "class"]
 _HOPELESS = 1.1  # a beginning that leaves so many times the contents of the best is not worth improving
@@ -56,6 +57,32 @@ class Placement:
     """Of the exact method: no placement leaves fewer contents than this."""
     weight: float
     """How many contents a sampled one stood for while VMs were placed."""
+
+    def verdict(self) -> list[str]:
+        """The answer in sentences.
+
+        >>> Placement(method="today", where={"a": ("h", 0)}, moves=(), newcomers=0, saved=Bounds(1.0, 1.0, 1.0),
+        ...           hosts_used=1, hosts_freed=0, worst_host="h", worst_bytes=4096, proven=None, best_contents=None,
+        ...           weight=1.0).verdict()[-1]
+        'When all sharing breaks, h lacks 4.0 KiB.'
+        """
+        saved, waiting = self.saved, sum(not move.fits for move in self.moves)
+        found = [
+            f"Merging then saves {binary(saved.estimate)} (95 %: {binary(saved.lower)} to {binary(saved.upper)}), zero "
+            f"pages included; {many(len(self.moves), 'move')}, {many(self.hosts_freed, 'host')} freed."
+        ]
+        if self.newcomers:
+            found.append(f"{many(self.newcomers, 'VM')} on none of these hosts today: placed, no move.")
+        if waiting:
+            found.append(
+                f"{waiting:,} of the moves change places on full hosts: one of each ring waits on a spare host."
+            )
+        found.append(
+            f"When all sharing breaks, {self.worst_host} lacks {binary(self.worst_bytes)}."
+            if self.worst_bytes > 0
+            else "When all sharing breaks, every host still has room for its VMs."
+        )
+        return found
 
     def to_dict(self) -> dict[str, Any]:
         """All of it, for JSON."""

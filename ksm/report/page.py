@@ -7,11 +7,21 @@ import functools
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
 from ksm.charts import CSS, DARK, LIGHT, Figure, need, theme
 from ksm.plan.result import plain
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """A table of strings on a page, and what is to be said of it: rows that were left out, above all."""
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    note: str = ""
 
 
 def page(

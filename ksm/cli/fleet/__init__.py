@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
 
 import click
 
+from ksm.charts import need
+from ksm.cli.common import write_whole
 from ksm.cli.lazy import LazyGroup
 from ksm.fleet import Tls, connect, local
 from ksm.fleet.hosts import size
@@ -41,6 +46,46 @@ def byte_size(ctx: click.Context | None, param: click.Parameter | None, value: s
         return None if value is None else size(int(value) if value.isdigit() else value)
     except ValueError as error:
         raise click.BadParameter(str(error), ctx, param) from None
+
+
+def report_options(function: F) -> F:
+    """Where the report page goes.
+
+    >>> callable(report_options(lambda: None))
+    True
+    """
+    page = click.option("--report", type=click.Path(dir_okay=False), metavar="PAGE.html", help="Write a page, too.")
+    return page(click.option("--force", is_flag=True, help="Overwrite the page.")(function))
+
+
+def check_report(path: str | None, force: bool) -> None:
+    """Refuse a page that could not be written, before the work is done.
+
+    Raises:
+        click.UsageError: it is there, or is no page. UnsupportedError: what `ksm[report]` has is not installed.
+
+    >>> check_report("fleet.pdf", False)
+    Traceback (most recent call last):
+    click.exceptions.UsageError: fleet.pdf: the report is a page (.html)
+    """
+    if path is None:
+        return
+    if Path(path).suffix.lower() != ".html":
+        raise click.UsageError(f"{path}: the report is a page (.html)")
+    if os.path.lexists(path) and not force:
+        raise click.UsageError(f"{path} exists; --force overwrites it")
+    if not Path(path).absolute().parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+    for module in ("altair", "jinja2", "vl_convert"):
+        need(module)
+
+
+def write_report(path: str, page: str) -> None:
+    """Write a page, all of it or nothing.
+
+    >>> write_report("page.html", "<p>")
+    """
+    write_whole(path, lambda beside: Path(beside).write_text(page, encoding="utf-8", newline="\n"))
 
 
 def cluster_options(function: F) -> F:

@@ -8,7 +8,7 @@ import click
 from rich.table import Table
 
 from ksm.cli.common import binary, out, print_json, progress
-from ksm.cli.fleet import PARTIAL, cluster_options, opened
+from ksm.cli.fleet import PARTIAL, check_report, cluster_options, opened, report_options, write_report
 from ksm.fleet import Analysis, Host, Sharing, analyze, read_hosts
 from ksm.keyed import Key
 
@@ -30,13 +30,22 @@ _ROWS = 20  # of a table on the terminal; the others are in --json and -o
 @click.option(
     "-o", "--output", type=click.Path(file_okay=False), metavar="DIR", help="Write the tables there: Parquet."
 )
+@report_options
 @click.option("--json", "as_json", is_flag=True, help="Print the answer as JSON.")
-def command(given: tuple[str, ...], hosts_file: str | None, as_json: bool, output: str | None, **options: Any) -> None:
+def command(
+    given: tuple[str, ...],
+    hosts_file: str | None,
+    as_json: bool,
+    output: str | None,
+    report: str | None,
+    **options: Any,
+) -> None:
     """What KSM saves in the fleet as it stands, what it would save on one host, and who shares with whom.
 
     Takes the directories that `ksm fingerprint` wrote, or files of them. Exit code 3: an answer, but something was
     left out.
     """
+    check_report(report, options["force"])
     hosts = read_hosts(hosts_file) if hosts_file else []
     one = Host(name="one host", max_page_sharing=options["max_page_sharing"], use_zero_pages=options["use_zero_pages"])
     key = Key.from_file(options["key_file"]) if options["key_file"] else None
@@ -51,8 +60,7 @@ def command(given: tuple[str, ...], hosts_file: str | None, as_json: bool, outpu
                 answer = analyze(given, hosts, client=client, progress=show, **how)
     unwritten = None
     try:  # the answer is shown all the same: to count it took long
-        if output:
-            answer.write(output)
+        _write(answer, output, report)
     except OSError as error:
         unwritten = error
     if as_json:
@@ -67,6 +75,15 @@ def command(given: tuple[str, ...], hosts_file: str | None, as_json: bool, outpu
         raise unwritten
     if not answer.complete:
         raise click.exceptions.Exit(PARTIAL)
+
+
+def _write(answer: Analysis, output: str | None, report: str | None) -> None:
+    if output:
+        answer.write(output)
+    if report:
+        from ksm.report import fleet_page
+
+        write_report(report, fleet_page(answer))
 
 
 def _rest(answer: Analysis) -> str:

@@ -8,6 +8,7 @@ import click
 from rich.table import Table
 
 from ksm.cli.common import binary, out, print_json, progress
+from ksm.cli.fleet import check_report, report_options, write_report
 from ksm.fleet import Placement, PlacementError, place, read_fleet, read_hosts
 from ksm.fleet.place import Method
 
@@ -21,12 +22,16 @@ _ROWS = 20
 @click.option("--migrations", type=click.IntRange(0), help="At most so many VMs move.  [default: any number]")
 @click.option("--exact", is_flag=True, help="Also the exact optimum, for small fleets.")
 @click.option("--seconds", type=float, default=30.0, show_default=True, help="That --exact may take.")
+@report_options
 @click.option("--json", "as_json", is_flag=True, help="Print the answer as JSON.")
-def command(given: tuple[str, ...], hosts_file: str, exact: bool, as_json: bool, **options: Any) -> None:
+def command(
+    given: tuple[str, ...], hosts_file: str, exact: bool, as_json: bool, report: str | None, **options: Any
+) -> None:
     """Place the VMs so that those which share live together; the moves, and what the baselines would save.
 
     Takes the sketches that `ksm fingerprint` wrote. RAM, vCPUs, security domains, anti-affinity and pins are kept.
     """
+    check_report(report, options["force"])
     hosts = read_hosts(hosts_file)
     vms, sketches = read_fleet(given)
     overcommit = options["overcommit"]
@@ -42,14 +47,23 @@ def command(given: tuple[str, ...], hosts_file: str, exact: bool, as_json: bool,
     if as_json:
         said = {name: other if isinstance(other, str) else other.to_dict() for name, other in others.items()}
         print_json(found.to_dict() | {"baselines": said})
-        return
+    else:
+        _show(found, others)
+    if report:
+        from ksm.fleet.placing import Comparison
+        from ksm.report import placement_page
+
+        write_report(report, placement_page(Comparison(found=found, others=others, vms=vms, hosts=hosts)))
+
+
+def _show(found: Placement, others: dict[str, Placement | str]) -> None:
     console = out()
     console.print(methods(found, others))
     console.print()
     if found.moves:
         console.print(_moves(found))
         console.print()
-    for line in sentences(found):
+    for line in found.verdict():
         console.print(line, soft_wrap=True)
 
 
@@ -88,36 +102,3 @@ def _moves(found: Placement) -> Table:
     if len(found.moves) > _ROWS:
         table.add_row("", f"({len(found.moves) - _ROWS:,} more: --json)")
     return table
-
-
-def _number(count: int, what: str) -> str:
-    return f"{count:,} {what}{'' if count == 1 else 's'}"
-
-
-def sentences(found: Placement) -> list[str]:
-    """The answer in words.
-
-    >>> sentences.__name__
-    'sentences'
-    """
-    saved, waiting = found.saved, sum(not move.fits for move in found.moves)
-    worst = (
-        f"When all sharing breaks, {found.worst_host} lacks {binary(found.worst_bytes)}."
-        if found.worst_bytes > 0
-        else "When all sharing breaks, every host still has room for its VMs."
-    )
-    return [
-        f"Merging then saves {binary(saved.estimate)} (95 %: {binary(saved.lower)} to {binary(saved.upper)}), zero "
-        f"pages included; {_number(len(found.moves), 'move')}, {_number(found.hosts_freed, 'host')} freed.",
-        *(
-            [f"{_number(found.newcomers, 'VM')} on none of these hosts today: placed, no move."]
-            if found.newcomers
-            else []
-        ),
-        *(
-            [f"{waiting:,} of the moves change places on full hosts: one of each ring waits on a spare host."]
-            if waiting
-            else []
-        ),
-        worst,
-    ]
