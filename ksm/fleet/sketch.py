@@ -18,6 +18,7 @@ from ksm.errors import SourceError
 from ksm.fleet.extras import need
 
 LG_K = 12  # 4,096 contents kept: a relative standard error of 1.6 %
+_WIDER = 1.1
 _WHOLE = float(1 << 63)  # the library's thresholds are of 63 bits
 _BATCH = 1 << 16
 
@@ -105,12 +106,16 @@ def union(sketches: Iterable[bytes], lg_k: int = LG_K) -> Any:
 
 
 def bounds(found: Any) -> Bounds:
-    """How many contents a sketch stands for, with the library's bounds of two standard deviations.
+    """How many contents a sketch stands for, with bounds that hold 95 times of 100 at the least.
+
+    They are the library's of two standard deviations, a tenth wider: these alone hold 95 times of 100, just so.
 
     >>> bounds(read(sketch(np.zeros((5, 2), np.uint64)))).estimate
     1.0
     """
-    return Bounds(found.get_estimate(), found.get_lower_bound(2), found.get_upper_bound(2))
+    estimate, lower, upper = found.get_estimate(), found.get_lower_bound(2), found.get_upper_bound(2)
+    lower = max(estimate - _WIDER * (estimate - lower), found.num_retained)
+    return Bounds(estimate, float(lower), estimate + _WIDER * (upper - estimate))
 
 
 def retained(data: bytes, name: str = "sketch") -> tuple[npt.NDArray[np.uint64], float]:
