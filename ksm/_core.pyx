@@ -51,7 +51,7 @@ from ksm._cy.types cimport (
     Block, Frame, Origin, Space, StableNode)
 from ksm._cy.together cimport (
     Together, together_add, together_free, together_having, together_remove, together_reserve)
-from ksm._cy.unstable cimport build_unstable, clear_unstable, make_explicit, touch_unstable, unstable_state
+from ksm._cy.unstable cimport build_unstable, clear_unstable, list_joined, make_explicit, touch_unstable, unstable_state
 from ksm._cy.visit cimport reserve
 from ksm._cy.walk cimport link_space, unlink_space, unregister
 from ksm._cy.contents cimport (
@@ -113,7 +113,6 @@ cdef class Engine:
         memset(&self.m.spaces[0], 0, sizeof(Space))
         memset(&self.m.stable[0], 0, sizeof(StableNode))
         memset(&self.m.places[0], 0, sizeof(Node))
-        self.m.joined[0] = 0
         self.m.zero_hash = content_hash(&self.m, self.m.zero)
 
     def __dealloc__(self):
@@ -132,7 +131,6 @@ cdef class Engine:
         release(self.m.spaces, self.m.space_capacity * sizeof(Space))
         release(self.m.stable, self.m.stable_capacity * sizeof(StableNode))
         release(self.m.places, self.m.place_capacity * sizeof(Node))
-        release(self.m.joined, self.m.joined_capacity * sizeof(uint32_t))
         release(self.m.links, self.m.link_capacity * sizeof(Node))
         release(self.m.origins, self.m.origin_capacity * sizeof(Origin))
         release(self.m.joined_nid, self.m.nid_capacity * sizeof(uint8_t))
@@ -740,7 +738,7 @@ cdef class Engine:
             if (self.m.blocks[slot >> 6].anon >> (slot & 63)) & 1 and slot_frame(&self.m, slot) not in fixed:
                 if self.m.frames[slot_frame(&self.m, slot)].mappers > 1:
                     build_unstable(&self.m)
-                    self.m.unstable_changed = self.m.check_all = True
+                    self.m.check_all = True
                 touch_unstable(&self.m, slot)
                 self.m.frames[slot_frame(&self.m, slot)].nid = nid
 
@@ -842,9 +840,8 @@ cdef class Engine:
             "stable nodes": self.m.stable_capacity * sizeof(StableNode),
             "stable trees": self.m.place_capacity * sizeof(Node) + self.m.pending_capacity * sizeof(uint32_t),
             "stable table": self.m.stable_table.capacity * sizeof(uint64_t),
-            "unstable nodes": self.m.joined_capacity * sizeof(uint32_t) + self.m.nid_capacity * sizeof(uint8_t)
+            "unstable trees": self.m.link_capacity * sizeof(Node) + self.m.nid_capacity * sizeof(uint8_t)
             + self.m.erased_capacity * sizeof(Erased),
-            "unstable trees": self.m.link_capacity * sizeof(Node),
             "unstable table": self.m.unstable_table.capacity * sizeof(uint64_t),
         }
 
@@ -857,6 +854,7 @@ cdef class Engine:
         cdef list slots = [], frames = [], nodes = [], spaces = []
         if self.m.implicit:
             make_explicit(&self.m)
+        list_joined(&self.m)
         for i in range(self.m.space_count):
             s = &self.m.spaces[i]
             spaces.append((s.next, s.prev, s.registered, s.exited, s.items, s.merging, s.zero_pages,
@@ -886,8 +884,8 @@ cdef class Engine:
             "stable_sizes": [self.m.stable_sizes[i] for i in range(self.m.nodes)],
             "calm_valid": self.m.calm_valid,
             "pending": [self.m.pending[i] for i in range(self.m.pending_count)],
-            "joined": [dump_node(self.m.links, i)[:4] + (self.m.joined[i],) if i < self.m.built
-                       else (0, 0, 0, 0, self.m.joined[i]) for i in range(self.m.joined_count)],
+            "joined": [dump_node(self.m.links, i) if i < self.m.built else (0, 0, 0, 0, self.m.links[i].value)
+                       for i in range(self.m.joined_count)],
             "unstable_roots": [self.m.unstable_roots[i] for i in range(self.m.nodes)],
             "unstable_sizes": [self.m.unstable_sizes[i] for i in range(self.m.nodes)],
             "built": self.m.built, "unstable_changed": self.m.unstable_changed,

@@ -81,6 +81,19 @@ def test_memory_by_structure(results: Path) -> None:
     assert set(before) == set(after) and all(size >= 0 for size in before.values())
 
 
+def test_the_unstable_table_follows_what_joins() -> None:
+    """Of 16 copies of each content one joins: room for a third of the pages is enough. All of unique ones find it."""
+    n = 1 << 16
+    table = {}
+    for kind in ("copies", "unique"):
+        m = machine_of(filled(kind, n))
+        m.ksmd.scan()
+        m.ksmd.scan()
+        table[kind] = m._engine.memory()["unstable table"] / n
+    assert 8 / 16 <= table["copies"] <= 8 / 3 / 0.9 * 1.05
+    assert 8 <= table["unique"] <= 8 / 0.9 * 1.05
+
+
 def test_contestants_count_the_same(results: Path) -> None:
     """A contestant that counts other contents than ksm has no seconds, and says so."""
     costs = json.loads(results.read_text())["contest"]

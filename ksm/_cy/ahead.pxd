@@ -7,8 +7,8 @@ cache expects it. Nothing here changes anything, or has to be right.
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
+from ksm._cy.frames cimport slot_frame
 from ksm._cy.memory cimport fetch
-from ksm._cy.rbtree cimport VALUE_FLAG
 from ksm._cy.stable cimport table_key
 from ksm._cy.store cimport Store, ctz64
 from ksm._cy.table cimport Table, table_fetch, table_next, table_start
@@ -35,7 +35,8 @@ cdef inline void fetch_page(Store *m, const uint8_t *data) noexcept nogil:
 cdef inline void look_ahead(Store *m, const Block *b, uint64_t bits) noexcept nogil:
     """Fetch what visits to these slots of a block will read, as far as their pages are known to be looked up."""
     cdef uint32_t keys[SLOTS]
-    cdef uint32_t found[SLOTS]
+    cdef uint32_t nodes[SLOTS]      # the stable node that has the page, on the way to it its place; 0: none
+    cdef uint32_t found[SLOTS]      # the frame that has the page, on the way to it an unstable slot + 1; 0: none
     cdef uint8_t slots[SLOTS]
     cdef uint32_t i, k, n = 0
     cdef const Frame *frame
@@ -52,31 +53,32 @@ cdef inline void look_ahead(Store *m, const Block *b, uint64_t bits) noexcept no
             table_fetch(&m.unstable_table, keys[n])
             n += 1
     for k in range(n):
-        found[k] = first_match(&m.stable_table, keys[k])
-        if found[k]:
-            fetch(&m.places[found[k]])
-            keys[k] = 1
+        found[k] = 0
+        nodes[k] = first_match(&m.stable_table, keys[k])
+        if nodes[k]:
+            fetch(&m.places[nodes[k]])
         else:
             found[k] = first_match(&m.unstable_table, keys[k])
-            fetch(&m.joined[found[k]])
-            keys[k] = 0
+            if found[k]:
+                fetch(&m.blocks[(found[k] - 1) >> 6].frame[(found[k] - 1) & 63])
     for k in range(n):
-        if found[k] and keys[k]:
-            found[k] = m.places[found[k]].value
-            fetch(&m.stable[found[k]])
+        if nodes[k]:
+            nodes[k] = m.places[nodes[k]].value
+            fetch(&m.stable[nodes[k]])
         elif found[k]:
-            found[k] = m.joined[found[k]]
-            if found[k] & VALUE_FLAG:
-                found[k] = 0
-            else:
-                fetch(&m.blocks[found[k] >> 6].frame[found[k] & 63])
-    for k in range(n):
-        if found[k]:
-            if keys[k]:
-                found[k] = m.stable[found[k]].frame if m.stable[found[k]].kind != CHAIN else 0
-            else:
-                found[k] = m.blocks[found[k] >> 6].frame[found[k] & 63]
+            found[k] = slot_frame(m, found[k] - 1)
             fetch(&m.frames[found[k]])
+    for k in range(n):
+        if m.stable[nodes[k]].kind == CHAIN:
+            nodes[k] = m.stable[nodes[k]].first
+            fetch(&m.stable[nodes[k]])
+    for k in range(n):
+        if nodes[k]:
+            found[k] = m.stable[nodes[k]].frame
+            fetch(&m.frames[found[k]])
+            if m.stable[nodes[k]].count:
+                i = m.stable[nodes[k]].first
+                fetch(&m.blocks[i >> 6].prev[i & 63])
     for k in range(n):
         if found[k] >= FIRST_FRAME and m.frames[found[k]].data != NULL:
             fetch_page(m, m.frames[found[k]].data)

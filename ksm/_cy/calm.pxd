@@ -7,12 +7,11 @@ counted, and nothing is looked up. That holds until another slot joins or a stab
 """
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
-from libc.string cimport memset
 
 from ksm._cy.frames cimport frame_hash, is_zero, same_content
 from ksm._cy.stable cimport candidate, stable_clean, stable_lookup
 from ksm._cy.store cimport Store, BUDGET_SPENT, PASS_ENDED, bit_length64, ctz64
-from ksm._cy.table cimport Table, table_fetch, table_free, table_next, table_put, table_reserve, table_start
+from ksm._cy.table cimport Table, table_clear, table_fetch, table_next, table_put, table_reserve, table_start
 from ksm._cy.types cimport CHAIN, IN_NONE, IN_UNSTABLE, KSM, Block
 from ksm._cy.unstable cimport reserve_joined, unstable_state
 from ksm._cy.visit cimport skip
@@ -20,30 +19,29 @@ from ksm._cy.visit cimport skip
 
 cdef inline void start_calm(Store *m) noexcept nogil:
     """At the start of a pass: whether it may begin implicit. O(calm slots) when that is not known from the last one."""
-    if not m.hash_index or not m.merge_across_nodes or reserve_joined(m, m.rmap_items) < 0:
+    if not m.hash_index or not m.merge_across_nodes:
         return
     if not m.calm_valid:
         m.calm_valid = calm_is_distinct(m)
-    m.implicit = m.calm_valid
-    m.implicit_most = m.rmap_items
+        m.implicit_most = m.unstable_table.used
+        table_clear(&m.unstable_table)
+    m.implicit = m.calm_valid and reserve_joined(m, m.implicit_most) == 0
 
 
 cdef inline bint calm_is_distinct(Store *m) noexcept nogil:
-    """Whether a visit to any calm slot would find nothing, whoever joined before it."""
-    cdef Table seen
+    """Whether a visit to any calm slot would find nothing, whoever joined before it.
+
+    The unstable table, which is empty, is left with an entry for each of their pages.
+    """
     cdef uint32_t mm = m.spaces[0].next, at
-    cdef bint distinct = True
-    memset(&seen, 0, sizeof(Table))
-    if table_reserve(&seen, m.pages_unshared + 1) < 0:
+    if table_reserve(&m.unstable_table, m.pages_unshared + 1, m.rmap_items) < 0:
         return False
-    while mm and distinct:
+    while mm:
         for at in range(m.spaces[mm].count):
-            if not block_is_distinct(m, m.spaces[mm].blocks[at], &seen):
-                distinct = False
-                break
+            if not block_is_distinct(m, m.spaces[mm].blocks[at], &m.unstable_table):
+                return False
         mm = m.spaces[mm].next
-    table_free(&seen)
-    return distinct
+    return True
 
 
 cdef inline bint block_is_distinct(Store *m, uint32_t id, Table *seen) noexcept nogil:
@@ -51,7 +49,7 @@ cdef inline bint block_is_distinct(Store *m, uint32_t id, Table *seen) noexcept 
     cdef Block *b = m.blocks[id]
     cdef uint64_t bits = b.calm & b.item, left, at
     cdef uint32_t i, f, hash, other, place
-    if table_reserve(seen, 64) < 0:
+    if table_reserve(seen, 64, m.rmap_items) < 0:
         return False
     left = bits
     while left:

@@ -105,17 +105,17 @@ ctypedef struct Store:
     bint chains_due
 
     # Unstable trees of this pass.
-    uint32_t *joined  # the slot of each node; its top bit: look before you trust it
-    Node *links  # their trees, up to `built`; room for all of them, so that building cannot fail
+    Node *links  # up to `built`, value: the slot; its top bit: look before you trust it. Room for all that joined
     uint8_t *joined_nid
-    uint32_t joined_count, joined_capacity, link_capacity, nid_capacity, built
+    uint32_t joined_count, link_capacity, nid_capacity, built
     uint32_t *unstable_roots
     uint64_t *unstable_sizes
-    Table unstable_table
+    Table unstable_table  # the slot + 1 of each that joined, as long as nothing changed
     Erased *erased
     uint32_t erased_count, erased_capacity, erased_done
     bint implicit  # only calm slots have joined so far: their states say which, nothing else does
-    uint64_t implicit_most  # how many these can be: the rmap items at the start of the pass
+    uint64_t implicit_most  # how many these can be: the calm slots when they were last looked at
+    uint64_t join_most  # how many can join in this pass, if nobody leaves: the rmap items at its start
     bint calm_valid  # no two calm slots, and no calm slot and a node with room, have equal content
     bint unstable_changed  # something in the unstable trees changed: walk them
     bint check_all  # a shared frame became KSM: trust no unstable node

@@ -50,19 +50,26 @@ cdef inline void table_link(Table *t, uint64_t entry) noexcept nogil:
     t.used += 1
 
 
-cdef inline int table_reserve(Table *t, uint64_t extra) noexcept nogil:
-    """Room for `extra` more entries at a load of at most 9/10; -1: out of memory, nothing changed."""
+cdef inline int table_reserve(Table *t, uint64_t extra, uint64_t most) noexcept nogil:
+    """Room for `extra` more entries at a load of at most 9/10; -1: out of memory, nothing changed.
+
+    Of `most` entries, which a caller may expect, a third are provided for at first, and then twice as many each time:
+    far fewer may come. Moved entries keep the order of their hashes: old and new memory are gone through in order.
+    """
     cdef uint64_t capacity = t.capacity, had = t.capacity
     cdef uint64_t *old = t.entries
-    cdef uint64_t i
+    cdef uint64_t i, live = 0, wanted, roomy
     if (t.used + extra) * 10 <= capacity * 9:
         return 0
-    cdef uint64_t live = 0
     if t.used == 0:
         capacity = 0    # nothing to move
     for i in range(capacity):
         live += old[i] != 0 and <uint32_t>old[i] != DELETED
-    cdef uint64_t wanted = max((live + extra) * 10 // 9, live * 5 // 3) + 256
+    wanted = live + extra
+    roomy = live * 2
+    if wanted <= most:
+        roomy = min(max(roomy, most // 3), most)
+    wanted = max(wanted, roomy) * 10 // 9 + 256
     cdef uint64_t *entries = <uint64_t *>zeroed(wanted * sizeof(uint64_t))
     if entries == NULL:
         return -1

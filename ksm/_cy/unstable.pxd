@@ -1,8 +1,10 @@
 # cython: language_level=3
-"""The unstable trees of one pass, the table in front of them, and the log from which they are built when it matters.
+"""The unstable trees of one pass, the table in front of them, and how they are built when it matters.
+
+Items that join are numbered and entered in the table; those that leave again are logged. Both together give the trees.
 
 A pass may begin `implicit`: as long as only calm slots join, which are known to find nothing, their states alone say
-who joined, in the order of the walk. The log and the table are made up for when anything else happens.
+who joined, in the order of the walk. Numbers and table are made up for when anything else happens.
 """
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
@@ -13,7 +15,7 @@ from ksm._cy.page cimport prefix_key
 from ksm._cy.rbtree cimport INDEX, VALUE_FLAG, Node, rb_erase, rb_insert
 from ksm._cy.stable cimport table_key
 from ksm._cy.store cimport Store, Erased, SEARCH_GIVEN_UP, NO_MEMORY, NOT_FOUND, bit_length64, ctz64, grow
-from ksm._cy.table cimport table_clear, table_next, table_put, table_reserve, table_start
+from ksm._cy.table cimport table_clear, table_next, table_put, table_remove, table_reserve, table_start
 from ksm._cy.types cimport IN_UNSTABLE, KSM, SLOTS, Block, Space
 
 cdef enum:
@@ -30,16 +32,15 @@ cdef inline uint8_t nid_of_joined(Store *m, uint32_t node) noexcept nogil:
 
 
 cdef inline int reserve_joined(Store *m, uint64_t extra) noexcept nogil:
-    """Room for `extra` more nodes in the log, the trees and the table; -1: no memory."""
+    """Room for `extra` more nodes in the trees and the table; -1: no memory."""
     cdef uint64_t wanted = m.joined_count + extra
     if m.built <= 1 and fresh_links(m, wanted) < 0:
         return NO_MEMORY
-    if (grow(<void **>&m.joined, &m.joined_capacity, wanted, sizeof(uint32_t)) < 0 or
-            grow(<void **>&m.links, &m.link_capacity, wanted, sizeof(Node)) < 0):
+    if grow(<void **>&m.links, &m.link_capacity, wanted, sizeof(Node)) < 0:
         return NO_MEMORY
     if m.nodes > 1 and grow(<void **>&m.joined_nid, &m.nid_capacity, wanted, 1) < 0:
         return NO_MEMORY
-    return table_reserve(&m.unstable_table, extra)
+    return table_reserve(&m.unstable_table, extra, m.join_most)
 
 
 cdef inline int fresh_links(Store *m, uint64_t wanted) noexcept nogil:
@@ -58,7 +59,7 @@ cdef inline int fresh_links(Store *m, uint64_t wanted) noexcept nogil:
 
 
 cdef inline void clear_unstable(Store *m) noexcept nogil:
-    """Empty the unstable trees: a pass begins."""
+    """Empty the unstable trees: a pass begins or ends."""
     cdef uint32_t i
     for i in range(m.erased_count):
         frame_unpin(m, m.erased[i].frame)
@@ -73,7 +74,7 @@ cdef inline void clear_unstable(Store *m) noexcept nogil:
 
 
 cdef inline void make_explicit(Store *m) noexcept nogil:
-    """Write down who joined in an implicit pass; `reserve_joined` went before."""
+    """Number those who joined in an implicit pass, and enter them in the table; `reserve_joined` went before."""
     cdef uint32_t mm = m.spaces[0].next, at, id, i
     cdef uint8_t joined = unstable_state(m)
     cdef uint64_t bits
@@ -88,15 +89,35 @@ cdef inline void make_explicit(Store *m) noexcept nogil:
                 i = ctz64(bits)
                 bits &= bits - 1
                 if b.state[i] == joined:
-                    b.link[i] = log_joined(m, id << 6 | i, 0)
-                    table_put(&m.unstable_table, table_key(frame_hash(m, b.frame[i]), 0), b.link[i])
+                    b.link[i] = new_joined(m, 0)
+                    table_put(&m.unstable_table, table_key(frame_hash(m, b.frame[i]), 0), (id << 6 | i) + 1)
         mm = m.spaces[mm].next
 
 
-cdef inline uint32_t log_joined(Store *m, uint32_t slot, uint8_t nid) noexcept nogil:
+cdef inline void list_joined(Store *m) noexcept nogil:
+    """Write down whose the nodes are that the trees lack: items know theirs, and the log those who left. O(slots)."""
+    cdef uint32_t mm = m.spaces[0].next, at, id, i
+    cdef uint8_t joined = unstable_state(m)
+    cdef uint64_t bits
+    cdef Block *b
+    while mm:
+        for at in range(m.spaces[mm].count):
+            id = m.spaces[mm].blocks[at]
+            b = m.blocks[id]
+            bits = b.item
+            while bits:
+                i = ctz64(bits)
+                bits &= bits - 1
+                if b.state[i] == joined and b.link[i] >= m.built:
+                    m.links[b.link[i]].value = id << 6 | i
+        mm = m.spaces[mm].next
+    for i in range(m.erased_done, m.erased_count):
+        m.links[m.erased[i].node].value = VALUE_FLAG | m.erased[i].frame    # where its content is
+
+
+cdef inline uint32_t new_joined(Store *m, uint8_t nid) noexcept nogil:
     cdef uint32_t node = m.joined_count
     m.joined_count += 1
-    m.joined[node] = slot
     if m.nodes > 1:
         m.joined_nid[node] = nid
     return node
@@ -118,12 +139,12 @@ cdef inline void unstable_erase(Store *m, uint32_t slot) noexcept nogil:
     if node < m.built:
         rb_erase(m.links, &m.unstable_roots[nid], node)
         return
+    table_remove(&m.unstable_table, table_key(frame_hash(m, frame), nid), slot + 1)
     m.frames[frame].pins += 1
     m.erased[m.erased_count].node = node
     m.erased[m.erased_count].after = m.joined_count
     m.erased[m.erased_count].frame = frame
     m.erased_count += 1
-    m.joined[node] = VALUE_FLAG | frame     # where its content is, for build_unstable
 
 
 cdef inline void touch_unstable(Store *m, uint32_t slot) noexcept nogil:
@@ -131,14 +152,16 @@ cdef inline void touch_unstable(Store *m, uint32_t slot) noexcept nogil:
     cdef Block *b = m.blocks[slot >> 6]
     if b.state[slot & 63] == unstable_state(m) and (b.item >> (slot & 63)) & 1:
         build_unstable(m)
-        m.unstable_changed = True
-        m.joined[b.link[slot & 63]] |= VALUE_FLAG
+        m.links[b.link[slot & 63]].value |= VALUE_FLAG
 
 
 cdef inline void build_unstable(Store *m) noexcept nogil:
-    """Insert and erase what joined and left since the trees were last built, in that order."""
+    """Insert and erase what joined and left in this pass, in that order; from now on the trees are kept."""
     if m.implicit:
         make_explicit(m)
+    m.unstable_changed = True
+    if m.built < m.joined_count:
+        list_joined(m)
     while m.built < m.joined_count:
         while m.erased_done < m.erased_count and m.erased[m.erased_done].after <= m.built:
             erase_built(m, m.erased_done)
@@ -172,7 +195,7 @@ cdef inline void build_joined(Store *m, uint32_t node) noexcept nogil:
 
 cdef inline const uint8_t *joined_content(Store *m, uint32_t node) noexcept nogil:
     """What an unchanged or noted-as-erased node holds."""
-    cdef uint32_t value = m.joined[node]
+    cdef uint32_t value = m.links[node].value
     return m.frames[value & INDEX if value & VALUE_FLAG else slot_frame(m, value)].data
 
 
@@ -190,28 +213,28 @@ cdef inline uint32_t unstable_lookup(Store *m, uint32_t slot, uint32_t f, uint8_
     """`unstable_search` by the table, while nothing in the trees has changed."""
     cdef uint32_t key = table_key(frame_hash(m, f), nid)
     cdef uint64_t at = table_start(&m.unstable_table, key)
-    cdef uint32_t node, other, g
+    cdef uint32_t other, g
     while True:
-        node = table_next(&m.unstable_table, key, &at)
-        if node == 0:
+        other = table_next(&m.unstable_table, key, &at)
+        if other == 0:
             break
-        other = m.joined[node]
-        if other & VALUE_FLAG or nid_of_joined(m, node) != nid:
+        other -= 1
+        if nid_of_joined(m, m.blocks[other >> 6].link[other & 63]) != nid:
             continue
         g = slot_frame(m, other)
         if g == f:
             return SEARCH_GIVEN_UP
         if same_content(m, f, g):
             return SEARCH_GIVEN_UP if m.frames[f].flags & KSM else other
-    node = join(m, slot, f, nid)
-    table_put(&m.unstable_table, key, node)
+    join(m, slot, nid)
+    table_put(&m.unstable_table, key, slot + 1)
     return NOT_FOUND
 
 
-cdef inline uint32_t join(Store *m, uint32_t slot, uint32_t f, uint8_t nid) noexcept nogil:
+cdef inline uint32_t join(Store *m, uint32_t slot, uint8_t nid) noexcept nogil:
     """Make the slot's item an unstable node, which is not linked yet."""
     cdef Block *b = m.blocks[slot >> 6]
-    cdef uint32_t node = log_joined(m, slot, nid)
+    cdef uint32_t node = new_joined(m, nid)
     b.state[slot & 63] = unstable_state(m)
     b.link[slot & 63] = node
     m.unstable_sizes[nid] += 1
@@ -229,8 +252,8 @@ cdef inline uint32_t unstable_walk(Store *m, uint32_t slot, uint32_t f, uint8_t 
     cdef bint left = False
     cdef int order
     while at:
-        other = m.joined[at] & INDEX
-        if m.joined[at] & VALUE_FLAG or m.check_all:
+        other = m.links[at].value & INDEX
+        if m.links[at].value & VALUE_FLAG or m.check_all:
             if not mergeable(m, other):
                 return SEARCH_GIVEN_UP
             g = slot_frame(m, other)
@@ -249,7 +272,8 @@ cdef inline uint32_t unstable_walk(Store *m, uint32_t slot, uint32_t f, uint8_t 
         parent = at
         left = order < 0
         at = m.links[at].left if left else m.links[at].right
-    node = join(m, slot, f, nid)
+    node = join(m, slot, nid)
+    m.links[node].value = slot
     m.links[node].prefix = prefix
     rb_insert(m.links, &m.unstable_roots[nid], node, parent, left)
     m.built = m.joined_count

@@ -28,7 +28,7 @@ cdef inline int reserve(Store *m) noexcept nogil:
         if grow(<void **>&m.pending, &m.pending_capacity, <uint64_t>m.pending_count + 1,
                 sizeof(uint32_t)) < 0:
             return NO_MEMORY
-    if table_reserve(&m.stable_table, 1) < 0:
+    if table_reserve(&m.stable_table, 1, 0) < 0:
         return NO_MEMORY
     return reserve_joined(m, m.implicit_most + 1 if m.implicit else 1)
 
@@ -94,7 +94,6 @@ cdef inline bint pass_gate(Store *m, uint32_t slot, uint32_t f) noexcept nogil:
             return False
         # The split gave the page back under ksmd's hands, which goes on searching with what it held.
         build_unstable(m)
-        m.unstable_changed = True
     return True
 
 
@@ -168,7 +167,7 @@ cdef inline void merge_two(Store *m, uint32_t slot, uint32_t other, uint8_t nid)
     m.merges += 1
     if m.frames[f].mappers > 1:
         build_unstable(m)
-        m.unstable_changed = m.check_all = True
+        m.check_all = True
         m.calm_valid = False    # whoever else maps it belongs on its node
     leave_tree(m, other)
     m.frames[f].flags |= KSM | DIRTY
@@ -187,7 +186,7 @@ cdef inline void undo_merge(Store *m, uint32_t slot, uint32_t f) noexcept nogil:
     cdef uint32_t copy
     if m.frames[f].mappers > 1:
         build_unstable(m)
-        m.unstable_changed = m.check_all = True
+        m.check_all = True
         m.calm_valid = False    # whoever else maps it belongs on its node
     m.frames[f].flags |= KSM
     if (m.blocks[slot >> 6].hidden >> (slot & 63)) & 1:

@@ -40,6 +40,7 @@ cdef inline void unregister(Store *m, uint32_t mm) noexcept nogil:
 cdef inline void start_pass(Store *m) noexcept nogil:
     cdef uint32_t n = m.migrating_first, next
     clear_unstable(m)
+    m.join_most = m.rmap_items
     while n and not m.merge_across_nodes:
         next = m.stable[n].next
         if m.stable[n].stale:
@@ -138,7 +139,6 @@ cdef inline int scan(Store *m, uint64_t budget) noexcept nogil:
         if m.spaces[mm].exited or (fresh and not m.spaces[mm].any_marked):
             unregister(m, mm)
         fresh = True
-    if m.implicit:
-        clear_unstable(m)
+    clear_unstable(m)
     m.full_scans += 1
     return PASS_ENDED
