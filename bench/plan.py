@@ -4,27 +4,30 @@
     python -m bench.plan --processes DIR [--each 80]       processes of three other kinds
     python -m bench.plan --guests DIR [--each 24]          QEMU guests of two kinds, booted here
     python -m bench.plan --images FILE...                  memory images: 8 from 3, or what they allow
+    python -m bench.plan --made-up                         VMs made up, easy and hard: each draw is new
 
 Again and again some are drawn as samples, a plan is made, others are drawn as the VMs to come, and their frames are
 counted in closed form, which the kernel's counters agree with. Shown are the mean and the largest error of the
-predicted frames, how many of the 90 % intervals hold the truth, and half their width. `boot.` is the same for intervals
-by a bootstrap over images instead of leaving out each in turn. `unmerged` is the mean error of the pages without any
-merging, which is that of the draws alone: VMs differ in size. Beside the plan's mixture are Chao's estimate (Chao2 of
-Q_1 and Q_2) and the straight line of Good and Turing. DIR keeps the fingerprints of what was run, to draw from again.
+predicted frames, how many of the 90 % intervals hold the truth, half their width, and how often the VMs take no more
+than the plan says with 90 % confidence (`one side`: what "fits" rests on). `unmerged` is the mean error of the pages
+without any merging, which is that of the draws alone: VMs differ in size. Beside the plan's mixture are Chao's estimate
+(Chao2 of Q_1 and Q_2) and the straight line of Good and Turing. `boot.`, with --bootstrap, is coverage and width of
+intervals by a bootstrap over images instead of leaving out each in turn. DIR keeps the fingerprints of what was run, to
+draw from again.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from bench import guest_work, population
+from bench import guest_work, made_up, population
 from ksm.cli.crew import KINDS, Crew
 from ksm.estimate import estimate, snapshots
 from ksm.linux import Host
@@ -33,9 +36,10 @@ from ksm.plan.growth import Accumulation, Groups, Growth, Rules, Samples, studen
 from ksm.sources import Snapshot
 
 Floats = npt.NDArray[np.float64]
+Draw = Callable[[int, np.random.Generator], list[Snapshot]]
+"""So many VMs of a class, at random."""
 
 CONFIDENCE = 0.9
-ROUNDS = 40  # of the bootstrap
 AIM_ERROR, AIM_COVERAGE = 0.03, (0.85, 0.95)
 
 
@@ -110,59 +114,95 @@ def by_bootstrap(samples: Samples, counts: npt.NDArray[np.int64], rounds: int, r
     return float(np.sqrt(variance * (1 + size / number)) * student((1 + CONFIDENCE) / 2, freedom))
 
 
-def run(case: Case, people: Sequence[Sequence[Snapshot]], draws: int, rounds: int = 0) -> dict[str, float]:
+def pool(people: Sequence[Snapshot]) -> Draw:
+    """Drawn from these, none twice."""
+    return lambda number, random: [people[i] for i in random.permutation(len(people))[:number]]
+
+
+def run(case: Case, classes: Sequence[Draw], draws: int, rounds: int = 0) -> dict[str, float]:
     """Errors and coverage of a case over draws; of so many rounds of the bootstrap, too, if there are any."""
     random = np.random.default_rng(2026)
-    errors: list[float] = []
-    covered: list[bool] = []
-    widths: list[float] = []
-    booted: tuple[list[bool], list[float]] = ([], [])
-    rivals: list[list[float]] = []
-    sizes: list[float] = []
+    found: dict[str, list[float]] = {}
     for _ in range(draws):
-        sampled: list[Snapshot] = []
-        come: list[Snapshot] = []
-        for mine, n, m in zip(people, case.samples, case.vms, strict=True):
-            order = random.permutation(len(mine))
-            sampled += [mine[i] for i in order[:n]]
-            come += [mine[i] for i in order[n : n + m]]
+        drawn = [
+            draw(n + m, random) if n + m else [] for draw, n, m in zip(classes, case.samples, case.vms, strict=True)
+        ]
+        sampled = [vm for vms, n in zip(drawn, case.samples, strict=True) for vm in vms[:n]]
+        come = [vm for vms, n in zip(drawn, case.samples, strict=True) for vm in vms[n:]]
         used = [c for c, n in enumerate(case.samples) if n]
         class_of = [k for k, c in enumerate(used) for _ in range(case.samples[c])]
         samples = Samples(Table.of(sampled, class_of))
-        counts = np.array([case.vms[c] for c in used])
-        growth = Growth(samples, Rules(), counts)
-        predicted = float(growth.frames(counts[None])[0][0])
-        less = growth.replicates(counts[None])[0]
-        wide = float(growth.spread(less, counts[None], (1 + CONFIDENCE) / 2)[0])
-        doubt = float(samples.all.doubt(counts[None])[0]) / 2
-        really = truth(come)
-        errors.append(predicted / really - 1)
-        for width, hits, halves in (
-            (wide, covered, widths),
-            (by_bootstrap(samples, counts, rounds, random) if rounds else np.nan, *booted),
-        ):
-            low, high = predicted - width, predicted + float(np.hypot(width, doubt))
-            hits.append(low <= really <= high)
-            halves.append((high - low) / 2 / really)
-        rivals.append([each / really - 1 for each in others(samples, counts)])
-        sizes.append(float(growth.pages(counts[None])[0]) / sum(vm.pages for vm in come) - 1)
-    chao, line = np.abs(rivals).mean(axis=0)
+        one = _one(samples, np.array([case.vms[c] for c in used]), come)
+        if rounds:
+            one |= _booted(samples, np.array([case.vms[c] for c in used]), truth(come), rounds, random)
+        for name, value in one.items():
+            found.setdefault(name, []).append(value)
+    mean = {name: float(np.mean(values)) for name, values in found.items()}
     return {
-        "mean error": float(np.abs(errors).mean()),
-        "bias": float(np.mean(errors)),
-        "largest": float(np.abs(errors).max()),
-        "coverage": float(np.mean(covered)),
-        "half width": float(np.mean(widths)),
-        "boot. cov.": float(np.mean(booted[0])),
-        "boot. width": float(np.mean(booted[1])),
-        "unmerged": float(np.abs(sizes).mean()),
-        "Chao2": float(chao),
-        "line": float(line),
+        "mean error": float(np.abs(found["error"]).mean()),
+        "bias": mean.pop("error"),
+        "largest": float(np.abs(found["error"]).max()),
+        **mean,
     }
 
 
-def populations(how: argparse.Namespace) -> tuple[Sequence[Sequence[Snapshot]], list[Case]]:
+def _one(samples: Samples, counts: npt.NDArray[np.int64], come: Sequence[Snapshot]) -> dict[str, float]:
+    """One draw: the plan's answer against the VMs that came."""
+    growth, really = Growth(samples, Rules(), counts), truth(come)
+    at, both = counts[None], (1 + CONFIDENCE) / 2
+    predicted, less = float(growth.frames(at)[0][0]), growth.replicates(at)[0]
+    low = predicted - float(growth.downward(less, at, both)[0])
+    high = predicted + float(growth.upward(less, at, both)[0])
+    chao, line = (abs(each / really - 1) for each in others(samples, counts))
+    return {
+        "error": predicted / really - 1,
+        # whole frames: VMs that are all alike leave no width
+        "coverage": np.floor(low) <= really <= np.ceil(high),
+        "half width": (high - low) / 2 / really,
+        "one side": really <= np.ceil(predicted + float(growth.upward(less, at, CONFIDENCE)[0])),
+        "unmerged": abs(float(growth.pages(at)[0]) / sum(vm.pages for vm in come) - 1),
+        "Chao2": chao,
+        "line": line,
+    }
+
+
+def _booted(
+    samples: Samples, counts: npt.NDArray[np.int64], really: float, rounds: int, random: np.random.Generator
+) -> dict[str, float]:
+    """One draw with an interval by the bootstrap."""
+    predicted = float(Growth(samples, Rules(), counts).frames(counts[None])[0][0])
+    width = by_bootstrap(samples, counts, rounds, random)
+    high = predicted + float(np.hypot(width, samples.all.doubt(counts[None])[1][0]))
+    return {
+        "boot. cov.": predicted - width <= really <= high,
+        "boot. width": (high - predicted + width) / 2 / really,
+    }
+
+
+def populations(how: argparse.Namespace) -> tuple[Sequence[Draw], list[Case]]:
     """What to draw from, and the cases."""
+    if how.made_up:
+        return made_up_cases()
+    people, cases = real(how)
+    return [pool(each) for each in people], cases
+
+
+def made_up_cases() -> tuple[Sequence[Draw], list[Case]]:
+    """Every kind by itself, from few samples and from more."""
+
+    def draw(kind: str) -> Draw:
+        return lambda number, random: made_up.vms(kind, number, random)
+
+    kinds = list(made_up.KINDS)
+    return [draw(kind) for kind in kinds], [
+        Case(f"{vms} {kind} from {n}", *(tuple(one * (each == kind) for each in kinds) for one in (n, vms)))
+        for kind in kinds
+        for n, vms in ((2, 8), (3, 8), (6, 24), (12, 48))
+    ]
+
+
+def real(how: argparse.Namespace) -> tuple[Sequence[Sequence[Snapshot]], list[Case]]:
+    """What runs or ran here, by class, and the cases."""
     if how.images:
         rest = min(8, len(how.images) - 3)
         if rest < 1:
@@ -200,22 +240,23 @@ def main() -> int:
     parser.add_argument("--images", nargs="+", help="of guests, instead of workers: 8 from 3, or what they allow")
     parser.add_argument("--guests", type=Path, metavar="DIR", help="boot guests, and keep what they hold here")
     parser.add_argument("--processes", type=Path, metavar="DIR", help="run processes, and keep what they hold here")
+    parser.add_argument("--made-up", action="store_true", help="VMs made up, instead of workers")
+    parser.add_argument("--bootstrap", type=int, default=0, metavar="ROUNDS", help="of it, for a comparison")
     parser.add_argument("--each", type=int, help="guests or processes of each kind")
     parser.add_argument("--check", action="store_true", help="exit 1 if an aim is missed")
     how = parser.parse_args()
-    people, cases = populations(how)
-    print(f"{'case':24}" + "".join(f"{each:>12}" for each in COLUMNS))
+    classes, cases = populations(how)
+    columns: list[str] = []
     missed = 0
     for case in cases:
-        found = run(case, people, how.draws, ROUNDS)
+        found = run(case, classes, how.draws, how.bootstrap)
         missed += found["mean error"] > AIM_ERROR or not AIM_COVERAGE[0] <= found["coverage"] <= AIM_COVERAGE[1]
-        print(f"{case.name:24}" + "".join(f"{found[each]:12.2%}" for each in COLUMNS), flush=True)
+        if not columns:
+            columns = list(found)
+            print(f"{'case':24}" + "".join(f"{each:>11}" for each in columns))
+        print(f"{case.name:24}" + "".join(f"{found[each]:11.2%}" for each in columns), flush=True)
     return 1 if how.check and missed else 0
 
-
-COLUMNS = (
-    "mean error", "bias", "largest", "coverage", "half width", "boot. cov.", "boot. width", "unmerged", "Chao2", "line"
-)  # fmt: skip
 
 if __name__ == "__main__":
     sys.exit(main())

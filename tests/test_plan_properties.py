@@ -56,7 +56,7 @@ def numbers(answer: HostPlan) -> dict[str, Any]:
     return {name: value for name, value in found.items() if isinstance(value, int)}
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(images, hosts, policies)
 def test_curves_rise_and_bands_hold_their_middle(samples: list[Fingerprints], host: HostSpec, policy: Policy) -> None:
     answer = planned(samples, host, policy)
@@ -76,7 +76,7 @@ def test_curves_rise_and_bands_hold_their_middle(samples: list[Fingerprints], ho
     assert np.interp(fits.mean or 0, curve.vms, curve.need) <= host.usable * (1 - policy.headroom) + 1e-6
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(images, hosts, policies, st.randoms(use_true_random=False))
 def test_the_order_of_samples_says_nothing(
     samples: list[Fingerprints], host: HostSpec, policy: Policy, random: Any
@@ -90,7 +90,7 @@ def test_the_order_of_samples_says_nothing(
     assert one.curve.need_high == pytest.approx(other.curve.need_high)
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(images, images, hosts, policies)
 def test_the_order_of_classes_says_nothing(
     some: list[Fingerprints], others: list[Fingerprints], host: HostSpec, policy: Policy
@@ -101,7 +101,7 @@ def test_the_order_of_classes_says_nothing(
         assert abs(numbers(other)[name] - value) <= 1, name  # of two classes that lack as much, the first is next
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(images, hosts, policies, st.integers(1, 100), st.sampled_from(["ram", "swap", "reserve", "vm_overhead"]))
 def test_more_memory_never_fits_less(
     samples: list[Fingerprints], host: HostSpec, policy: Policy, pages: int, what: str

@@ -64,12 +64,13 @@ def extent(each: HostPlan) -> int:
     """The number of VMs up to which charts and controls go: somewhat beyond all that fits.
 
     >>> import ksm
-    >>> web = ksm.VMClass("web", [b"a" * 4096 + b"1" * 4096, b"a" * 4096 + b"2" * 4096])
+    >>> web = ksm.VMClass("web", [b"a" * 4096 + number * 4096 for number in (b"1", b"2", b"3")])
     >>> extent(ksm.plan(web, ksm.HostSpec(ram=1 << 16), simulate=False).hosts[0])
     16
     """
     fits = each.fits
-    beyond = max(fits.without_ksm, fits.high, fits.recommended, fits.unmerged, 3)
+    high = fits.high if fits.mean is None else min(fits.high, 3 * fits.mean)  # two samples leave nearly all possible
+    beyond = max(fits.without_ksm, high, fits.recommended, fits.unmerged, 3)
     return int(min(each.curve.vms[-1], np.ceil(1.3 * beyond)))
 
 

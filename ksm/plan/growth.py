@@ -117,14 +117,25 @@ class Accumulation:
             once[beyond] += self._single[c] * (mixture.once(counts[beyond, c]) - sampled)
         return distinct, np.maximum(once, 0.0)
 
-    def doubt(self, counts: Ints) -> Floats:
-        """How far the straight line of Good and Turing, the most that could come, is above the mixture."""
-        above = np.zeros(len(counts))
-        for c, (size, mixture) in enumerate(zip(self.groups.sizes, self._mixtures, strict=True)):
+    @functools.cached_property
+    def _shared(self) -> list[Mixture]:
+        """Fits that start out from all that some images share."""
+        groups = self.groups
+        return [fit(groups.exclusive(c) if size else np.zeros(1), 1.0) for c, size in enumerate(groups.sizes)]
+
+    def doubt(self, counts: Ints) -> tuple[Floats, Floats]:
+        """How far below and above the mixture contents may be as well, by the same samples: as far as a fit that takes
+        as much as it can for shared, and half the way to the straight line of Good and Turing, the most there can be.
+        """
+        below, above = np.zeros(len(counts)), np.zeros(len(counts))
+        mixtures = zip(self.groups.sizes, self._mixtures, self._shared, strict=True)
+        for c, (size, mixture, shared) in enumerate(mixtures):
             further = np.maximum(counts[:, c] - size, 0)
             once = float(self.groups.exclusive(c)[0]) if size else 0.0
-            above += np.maximum(once / max(size, 1) * further - mixture.more(further), 0.0)
-        return above
+            more = mixture.more(further)
+            below += np.maximum(more - shared.more(further), 0.0)
+            above += np.maximum(once / max(size, 1) * further - more, 0.0) / 2
+        return below, above
 
 
 class Samples:
@@ -171,6 +182,7 @@ class Growth:
         self.rules = rules
         heavy = _heavy(self.table, rules.max_page_sharing, np.asarray(most), self.sizes)
         self._heavy, self._heavy_number, self._heavy_part = heavy
+        self._drawn: dict[tuple[int, ...], Ints] = {}  # subsets of the samples, by how many of each class
         self._lone = _lone(self.table, rules.max_page_sharing)
         if not rules.use_zero_pages:
             self._heavy = np.concatenate((self._heavy, self.table.zeros[None]))
@@ -222,7 +234,10 @@ class Growth:
         limit = self.rules.max_page_sharing
         for i, row in enumerate(counts):
             whole, rest = np.divmod(row, self.sizes)
-            chosen = self._subsets(tuple(rest.tolist())) + whole[self.table.class_of]
+            drawn = tuple(rest.tolist())
+            if drawn not in self._drawn:
+                self._drawn[drawn] = self._subsets(drawn)
+            chosen = self._drawn[drawn] + whole[self.table.class_of]
             copies = self._heavy @ chosen.T
             mean = self._heavy @ (row / self.sizes)[self.table.class_of]
             # what rounding up adds is averaged over subsets; what it is added to is known exactly
@@ -287,9 +302,16 @@ class Growth:
         return result
 
     def upward(self, replicates: Floats, counts: Ints, quantile: float) -> Floats:
-        """`spread`, widened for what no sample can show: half the way from the mixture to the straight line."""
-        doubt = sum(self.samples.all.doubt(part) for part in self._nodes(counts))
-        return np.asarray(np.hypot(self.spread(replicates, counts, quantile), np.asarray(doubt) / 2))
+        """`spread`, widened upwards for what no sample can show."""
+        return self._widened(self.spread(replicates, counts, quantile), counts, 1)
+
+    def downward(self, replicates: Floats, counts: Ints, quantile: float) -> Floats:
+        """`spread`, widened downwards: what few samples show as their own may be shared by some."""
+        return self._widened(self.spread(replicates, counts, quantile), counts, 0)
+
+    def _widened(self, spread: Floats, counts: Ints, side: Literal[0, 1]) -> Floats:
+        doubt = sum(self.samples.all.doubt(part)[side] for part in self._nodes(counts))
+        return np.asarray(np.hypot(spread, np.asarray(doubt)))
 
 
 @functools.lru_cache(maxsize=4096)

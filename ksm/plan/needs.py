@@ -66,10 +66,11 @@ class Needs:
         floor = frames if not self.bounds_only else growth.frames(counts, "low")[0]
         frames_less, pages_less = growth.replicates(counts)
         both = (1 + self.policy.confidence) / 2
-        wide = growth.spread(frames_less, counts, both)
-        wide_saved = growth.spread(pages_less - frames_less, counts, both)
-        upward = growth.upward(frames_less, counts, both)
-        low, high = np.maximum(floor - wide, 0.0), np.minimum(frames + upward, pages)
+        downward, upward = (side(frames_less, counts, both) for side in (growth.downward, growth.upward))
+        more_saved, less_saved = (
+            side(pages_less - frames_less, counts, both) for side in (growth.downward, growth.upward)
+        )
+        low, high = np.maximum(floor - downward, 0.0), np.minimum(frames + upward, pages)
         shared = np.maximum(frames - unshared, 0.0)
         kept = (pages - zero_merged) * RMAP_ITEM_BYTES + shared * STABLE_NODE_BYTES
         without = pages * page + fixed
@@ -88,8 +89,8 @@ class Needs:
             need_low=low * page + fixed + kept,
             need_high=high * page + fixed + kept,
             saved=(sharing * page - kept_saved) * unknown,
-            saved_low=(sharing - np.hypot(wide_saved, growth.upward(0 * frames_less, counts, both))) * page - kept,
-            saved_high=np.minimum(pages - floor + wide_saved, pages) * page - kept,
+            saved_low=(sharing - less_saved) * page - kept,
+            saved_high=np.minimum(pages - floor + more_saved, pages) * page - kept,
             broken=self.after(vms, self.policy.broken),
             bookkeeping=kept,
         )

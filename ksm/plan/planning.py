@@ -163,8 +163,9 @@ def _host(common: _Common, host: HostSpec) -> HostPlan:
     final = needs(rules)
     curve = final.curve(final.grid())
     fits = final.fits(curve)
-    around = np.clip([fits.recommended, fits.recommended + 1], 0, curve.vms[-1])
-    if not np.isin(around, curve.vms).all():  # the answer itself is to be on the curve
+    answers = [fits.mean or 0, fits.low, fits.high, fits.confident, fits.broken, fits.recommended]
+    around = np.clip([*answers, fits.recommended + 1], 0, curve.vms[-1])
+    if not np.isin(around, curve.vms).all():  # the answers themselves are to be on the curve
         curve = final.curve(np.union1d(curve.vms, around))
     found = load(final, max(1, fits.recommended))
     cost = CostModel()

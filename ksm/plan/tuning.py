@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +18,7 @@ from ksm.sysfs import Profile, profile
 from ksm.units import clock
 
 Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
 
 _DEFAULT_SHARING = 256
 _LIMITS = (256, 512, 1024, 2048, 4096)
@@ -69,19 +71,25 @@ def settle(found: Load, pace: Pace) -> Settle:
     >>> 90 < settle(found, Pace(1000, 20, True)).cold[99] < 130
     True
     """
-    seconds, sharing, busy = pace.cold(found)
-    at = {share: reached(seconds, sharing, share / 100) for share in SHARES}
-    end = at[SHARES[-1]] or float(seconds[-1])
+    timed = pace.cold(found)
+    _, cpu_cold = _merged(*timed)
     passing, cpu = pace.steady(found)
     return Settle(
         pages_to_scan=pace.pages_to_scan,
         sleep_millisecs=pace.sleep_millisecs,
-        cold=at,
+        cold={share: reached(*timed[:2], share / 100) for share in SHARES},
         one_more={share: pace.one_more(found, share / 100) for share in SHARES},
         pass_seconds=passing,
-        cpu_cold=float(np.interp(end, seconds, busy)) / end if end > 0 else 0.0,
+        cpu_cold=cpu_cold,
         cpu_steady=cpu / passing if passing > 0 else 0.0,
     )
+
+
+def _merged(seconds: Floats, sharing: Floats, busy: Floats) -> tuple[float, float]:
+    """(seconds until nearly all is merged from cold, ksmd's share of a CPU until then)."""
+    at = reached(seconds, sharing, SHARES[-1] / 100)
+    end = at or float(seconds[-1])
+    return at, float(np.interp(end, seconds, busy)) / end if end > 0 else 0.0
 
 
 def timeline(label: str, found: Load, pace: Pace) -> Timeline:
@@ -171,11 +179,14 @@ def choose_pace(found: Load, host: HostSpec, policy: Policy, cost: CostModel) ->
     defaults = {name: attribute.default for name, attribute in kernel.attributes.items()}
     sleep = defaults["sleep_millisecs"]
 
-    def at(pages: int) -> Settle:
-        return settle(found, Pace(pages, sleep, kernel.smart_scan, cost, kernel.gate_first))
+    any_pace = Pace(1, sleep, kernel.smart_scan, cost, kernel.gate_first)
+    work = (*any_pace.merging(found), any_pace.hashing(found))  # the same at every pace
 
-    soon = least(lambda pages: at(pages).cold[99] <= policy.settle)
-    dear = least(lambda pages: at(pages).cpu_cold > policy.ksmd_cpu)
+    def at(pages: int) -> tuple[float, float]:
+        return _merged(*replace(any_pace, pages_to_scan=pages).timed(found.pages, found.sharing, *work))
+
+    soon = least(lambda pages: at(pages)[0] <= policy.settle)
+    dear = least(lambda pages: at(pages)[1] > policy.ksmd_cpu)
     budget = max(1, dear - 1) if dear is not None else None
     standard = defaults["pages_to_scan"]
     wanted = max(standard, round_up(soon)) if soon is not None else None
@@ -186,10 +197,10 @@ def choose_pace(found: Load, host: HostSpec, policy: Policy, cost: CostModel) ->
         pages, reason = budget, "as much as ksmd's CPU budget allows"
     else:
         pages, met, reason = budget or standard, False, "as much as ksmd's CPU budget allows, and not enough"
-    result = at(pages)
+    seconds, share = at(pages)
     why = (
-        f"{reason}: 99 % of the saving is there {clock(result.cold[99])} after a cold start of all VMs "
-        f"({clock(policy.settle)} allowed), with {result.cpu_cold:.1%} of a CPU until then "
+        f"{reason}: 99 % of the saving is there {clock(seconds)} after a cold start of all VMs "
+        f"({clock(policy.settle)} allowed), with {share:.1%} of a CPU until then "
         f"({policy.ksmd_cpu:.0%} allowed)"
     )
     tunables = [
@@ -198,7 +209,7 @@ def choose_pace(found: Load, host: HostSpec, policy: Policy, cost: CostModel) ->
     ]
     if kernel.smart_scan:
         tunables.append(Tunable("smart_scan", 1, "the default: most visits to pages without a partner are saved"))
-    return Pace(pages, sleep, kernel.smart_scan, cost, kernel.gate_first), tuple(tunables), met
+    return replace(any_pace, pages_to_scan=pages), tuple(tunables), met
 
 
 def advisor(pace: Pace, policy: Policy, kernel: Profile) -> tuple[Tunable, ...]:
