@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import socket
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,7 @@ from rich.table import Table
 
 from ksm.cli.common import binary, out, print_json, progress
 from ksm.cli.fleet import FAILED, byte_size, cluster_options, opened
-from ksm.errors import KsmError, SchedulerLostError, SourceError, WorkersGoneError
+from ksm.errors import KsmError, SchedulerLostError, SourceError, SyscallError, WorkersGoneError
 from ksm.fleet import Vm, fingerprint_vm
 from ksm.fleet.cluster import everywhere, first_done, result
 from ksm.fleet.fingerprints import fingerprint_where
@@ -121,10 +122,13 @@ def _here(vms: Sequence[tuple[str, Vm]], output: str, how: Mapping[str, Any], qu
         with progress(vm.name, quiet=quiet) as show:
             try:
                 found.done.append(fingerprint_vm(source, output, vm, progress=show, **how))
-            except SourceError as error:
+            except (SourceError, SyscallError) as error:
                 found.failed[vm.name] = str(error)
-            except OSError as error:  # of the directory or its disk: the others would meet it too
-                found.error = error
+            except OSError as error:
+                if error.errno == errno.ENAMETOOLONG:
+                    found.failed[vm.name] = f"{error.filename}: {error.strerror}"
+                    continue
+                found.error = error  # of the directory or its disk: the others would meet it too
     return found
 
 

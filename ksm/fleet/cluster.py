@@ -6,7 +6,10 @@ import contextlib
 import logging
 import os
 import signal
+import socket
 import tempfile
+import time
+import urllib.parse
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -17,6 +20,8 @@ from ksm.errors import KsmError, SchedulerLostError, SourceError, UnsupportedErr
 from ksm.fleet.extras import need
 
 CONNECT_SECONDS = 10.0
+_RETRY_SECONDS = 0.2
+_MOST_GREETING = 1 << 20  # bytes that a scheduler says of itself
 _QUIET_SECONDS = 2.0  # between two looks whether the scheduler and the workers are still there
 
 
@@ -113,11 +118,10 @@ def connect(scheduler: str, tls: Tls | None = None, seconds: float = CONNECT_SEC
     >>> with connect("tcp://127.0.0.1:1", seconds=0.1):
     ...     pass
     Traceback (most recent call last):
-    ksm.errors.SchedulerLostError: tcp://127.0.0.1:1: no scheduler answers
+    ksm.errors.SchedulerLostError: tcp://127.0.0.1:1: no scheduler answers (...)
     """
     distributed = need("distributed")
-    if not scheduler.startswith(("tcp://", "tls://")):
-        raise ValueError(f"{scheduler!r} is not the address of a scheduler, such as tcp://10.0.0.1:8786")
+    where = _address(scheduler)
     if (tls is not None) is not scheduler.startswith("tls://"):
         raise ValueError(f"{scheduler}: tls:// takes --tls-ca, --tls-cert and --tls-key, and tcp:// none of them")
     security = None
@@ -129,21 +133,53 @@ def connect(scheduler: str, tls: Tls | None = None, seconds: float = CONNECT_SEC
             tls_ca_file=tls.ca, tls_client_cert=tls.cert, tls_client_key=tls.key, require_encryption=True
         )
     with _quiet():
-        yield from _connected(distributed, scheduler, security, seconds)
+        try:
+            _greeted(where, security, seconds)
+            client = distributed.Client(scheduler, timeout=seconds, security=security, set_as_default=False)
+        except (OSError, ValueError, RuntimeError) as error:
+            why = "" if isinstance(error, TimeoutError) else f" ({' '.join(str(error).split())[:200]})"
+            raise SchedulerLostError(f"{scheduler}: no scheduler answers{why}") from None
+        try:
+            check(client)
+            yield client
+        finally:
+            with contextlib.suppress(Exception):  # gone, perhaps
+                client.close(timeout=5)
 
 
-def _connected(distributed: Any, scheduler: str, security: Any, seconds: float) -> Iterator[Any]:
+def _address(scheduler: str) -> tuple[str, int]:
+    """Host and port."""
     try:
-        client = distributed.Client(scheduler, timeout=seconds, security=security, set_as_default=False)
-    except (OSError, TimeoutError, ValueError, RuntimeError) as error:
-        why = "" if isinstance(error, TimeoutError) else f" ({' '.join(str(error).split())[:200]})"
-        raise SchedulerLostError(f"{scheduler}: no scheduler answers{why}") from None
-    try:
-        check(client)
-        yield client
-    finally:
-        with contextlib.suppress(Exception):  # gone, perhaps
-            client.close(timeout=5)
+        parts = urllib.parse.urlsplit(scheduler)
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        host, port = None, None
+    if not scheduler.startswith(("tcp://", "tls://")) or not host or not port:
+        raise ValueError(f"{scheduler!r} is not the address of a scheduler, such as tcp://10.0.0.1:8786")
+    return host, port
+
+
+def _greeted(where: tuple[str, int], security: Any, seconds: float) -> None:
+    """Wait for what a scheduler says first: the length of a frame, in 8 bytes. A `Client` would wait for ever for one
+    that says nothing, and take as much memory as the first bytes of any other server ask for.
+    """
+    context = security.get_connection_args("client")["ssl_context"] if security else None
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            with (
+                socket.create_connection(where, timeout=max(deadline - time.monotonic(), _RETRY_SECONDS)) as plain,
+                context.wrap_socket(plain) if context else plain as peer,
+                peer.makefile("rb") as file,
+            ):
+                said = file.read(8)
+            break
+        except ConnectionRefusedError:  # it may be about to start
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(min(_RETRY_SECONDS, seconds))
+    if len(said) < 8 or int.from_bytes(said, "little") > _MOST_GREETING:
+        raise ValueError("what answers is something else")
 
 
 def ksm_version() -> str:

@@ -44,6 +44,7 @@ def paths(directory: str | os.PathLike[str], name: str) -> tuple[Path, Path]:
     ['web%2F1.pages.parquet', 'web%2F1.sketch.parquet']
     """
     stem = urllib.parse.quote(name, safe=" ()+,:=@")
+    stem = stem.replace(".", "%2E", 1) if stem.startswith(".") else stem  # hidden files are none of a fleet
     return Path(directory, stem + PAGES), Path(directory, stem + SKETCH)
 
 
@@ -201,9 +202,10 @@ def read_vm(path: str | os.PathLike[str]) -> Vm:
     with _reading(path):
         footer, _, _ = _footer(path)
         schema = footer.schema.to_arrow_schema()
-        vm = Vm.from_dict(_about(schema.metadata))
+        about = _about(schema.metadata)
         if schema.names != ["high", "low", "copies"]:
             raise SourceError(f"its columns are {', '.join(schema.names)}, not high, low, copies")
+        vm = Vm.from_dict(about)
         if footer.num_rows != vm.contents:
             raise SourceError(f"damaged: {footer.num_rows} rows, its metadata says {vm.contents}")
         return vm
@@ -223,7 +225,8 @@ def _footer_of(path: str, size: int, inode: int, changed: int) -> tuple[Any, Wor
     edges = []
     for index in range(footer.num_row_groups):
         known = footer.row_group(index).column(0).statistics
-        edges.append((known.min, known.max) if known is not None and known.has_min_max else (0, (1 << 64) - 1))
+        told = known is not None and known.has_min_max and isinstance(known.min, int)
+        edges.append((known.min, known.max) if told else (0, (1 << 64) - 1))
     least, most = np.array(edges, np.uint64).reshape(-1, 2).T
     return footer, least, most
 

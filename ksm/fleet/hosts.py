@@ -10,8 +10,9 @@ from typing import Any
 
 from ksm.errors import SourceError
 from ksm.fleet.extras import need
-from ksm.fleet.vm import Vm
+from ksm.fleet.vm import MOST, Vm
 
+MOST_NODES = 1024  # what Linux can be built for
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
@@ -40,11 +41,15 @@ class Host:
     def __post_init__(self) -> None:
         if not self.name:
             raise ValueError("a host needs a name")
-        if self.nodes < 1 or not 2 <= self.max_page_sharing < 1 << 31:
+        if not self.name.isprintable():
+            raise ValueError(f"host {self.name!r}: a name that cannot be printed")
+        if not 1 <= self.nodes <= MOST_NODES or not 2 <= self.max_page_sharing < 1 << 31:
             raise ValueError(f"host {self.name}: nodes is {self.nodes}, max_page_sharing {self.max_page_sharing}")
         for what in ("ram", "vcpus", "reserve", "vm_overhead"):
             if getattr(self, what) < 0:
                 raise ValueError(f"host {self.name}: {what} is {getattr(self, what)}, below 0")
+            if getattr(self, what) > MOST:
+                raise ValueError(f"host {self.name}: {what} is {getattr(self, what)}, above {MOST}")
         if self.ram and self.reserve >= self.ram:
             raise ValueError(f"host {self.name}: nothing is left of {self.ram} bytes after a reserve of {self.reserve}")
 
@@ -109,7 +114,7 @@ def read_hosts(path: str | os.PathLike[str]) -> list[Host]:
     if isinstance(given, dict) and isinstance(given.get("hosts"), list | dict):
         given = given["hosts"]
     if isinstance(given, dict):
-        given = [{"name": name, **(about or {})} for name, about in given.items() if isinstance(about or {}, dict)]
+        given = [{"name": name, **about} if isinstance(about, dict) else about for name, about in given.items()]
     if not isinstance(given, list) or not given:
         raise SourceError(f"{where}: not a list of hosts")
     try:
@@ -127,6 +132,8 @@ def _hosts(about: Any) -> Iterable[Host]:
         raise ValueError(f"{about!r} is not a host")
     values = dict(about)
     number = values.pop("count", None)
+    if number is None and "name" not in values:
+        raise ValueError(f"a host without a name: {about!r}")
     types = {f.name: str(f.type) for f in fields(Host)}
     for name, value in values.items():
         if name not in types:

@@ -115,12 +115,12 @@ def read_fleet(given: Sequence[str]) -> tuple[list[Vm], list[bytes]]:
     >>> [vm.name for vm in read_fleet(["one"])[0]]
     ['a']
     """
-    rows = [row for path in files.find(given, files.SKETCH) for row in files.read_sketches(path)]
-    rows.sort(key=lambda row: row[0].name)
-    names = [vm.name for vm, _ in rows]
-    for one, other in itertools.pairwise(names):
-        if one == other:
-            raise SourceError(f"{one} is there twice: name the files of one fingerprint of it")
+    found = [(path, row) for path in files.find(given, files.SKETCH) for row in files.read_sketches(path)]
+    found.sort(key=lambda each: each[1][0].name)
+    for (path, (one, _)), (again, (other, _)) in itertools.pairwise(found):
+        if one.name == other.name:
+            raise SourceError(f"{one.name} is there twice, in {path} and {again}: name one of them")
+    rows = [row for _, row in found]
     for what in ("page_size", "key_id"):
         values = sorted({str(getattr(vm, what)) for vm, _ in rows})
         if len(values) > 1:
@@ -173,8 +173,10 @@ def place(
         raise ValueError(f"{method!r} is no method; these are: {', '.join(METHODS)}")
     if not vms or len(vms) != len(sketches):
         raise ValueError(f"{len(vms)} VMs and {len(sketches)} sketches")
-    if not known or any(not host.ram for host in known):
-        raise ValueError("placement needs hosts with RAM")
+    if without := [host.name for host in known if not host.ram]:
+        raise ValueError(f"placement needs hosts with RAM: {without[0]} has none")
+    if not known:
+        raise ValueError("placement needs hosts")
     if not 0 < overcommit <= 100:
         raise ValueError(f"overcommit is {overcommit}")
     if migrations is not None and migrations < 0:

@@ -15,7 +15,7 @@ from ksm.errors import SourceError
 Zeros: TypeAlias = Literal["touched", "merge", "absent"]
 
 NONE: Mapping[str, str] = MappingProxyType({})
-_MOST = 1 << 52  # of a count or of bytes: sums over many VMs still fit into 64 bits
+MOST = 1 << 52  # of a count or of bytes: sums over many VMs still fit into 64 bits
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,8 +68,8 @@ class Vm:
         for what in ("node", "ram", "vcpus", "pages", "zero_pages", "contents", "zero_or_untouched"):
             if getattr(self, what) < 0:
                 raise ValueError(f"{self.name}: {what} is {getattr(self, what)}, below 0")
-            if getattr(self, what) > _MOST:
-                raise ValueError(f"{self.name}: {what} is {getattr(self, what)}, above {_MOST}")
+            if getattr(self, what) > MOST:
+                raise ValueError(f"{self.name}: {what} is {getattr(self, what)}, above {MOST}")
         for what in ("name", "kind", "host", "domain", "apart"):
             if not getattr(self, what).isprintable():
                 raise ValueError(f"{getattr(self, what)!r}: a {what} that cannot be printed")
