@@ -256,7 +256,7 @@ def cells(
         tooltip=["row:N", "column:N", alt.Tooltip("number:Q", title=of, format=form.replace(".0%", ".1%"))],
     )
     scale = alt.Scale(domain=[0, high], range=list(RAMP))
-    legend = alt.Legend(format=form, gradientLength=160, tickCount=4)
+    legend = alt.Legend(format=form, gradientLength=160, tickCount=3)
     layers = [base.mark_rect().encode(color=alt.Color("number:Q", scale=scale, legend=legend))]
     if len(columns) <= 9:
         dark = alt.condition(f"datum.number > {0.55 * high:.6g}", alt.value("#ffffff"), alt.value("#10151d"))

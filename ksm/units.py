@@ -17,6 +17,15 @@ def binary(number: float) -> str:
     raise AssertionError
 
 
+def more_or_less(amount: float) -> str:
+    """Bytes beside a number that was said.
+
+    >>> more_or_less(2048), more_or_less(-5), more_or_less(-0.0)
+    ('+2.0 KiB', '-5 B', '+0 B')
+    """
+    return f"+{binary(abs(amount))}" if amount > -0.5 else binary(amount)
+
+
 def clock(seconds: float) -> str:
     """A duration for people.
 

@@ -160,13 +160,14 @@ def _pairs(pairs: Sequence[Mapping[str, Any]], kind: str, title: str, caption: s
     chosen = _in_order(sorted(weight, key=lambda name: (-weight[name], name))[:MOST])
     names = _short([named(name) for name in chosen])
     amounts = [[bytes_of.get((a, b), 0) for b in chosen] for a in chosen]
-    size, of = unit(max((max(row) for row in amounts), default=0))
+    most = max((max(row) for row in amounts), default=0)
+    size, of = unit(most)
     numbers: list[list[float | None]] = [[amount / size for amount in row] for row in amounts]
     return Figure(
         kind,
         title,
         f"{caption} In {of}.",
-        cells(names, names, numbers, ("", "have in common"), ",.1f", of),
+        cells(names, names, numbers, ("", "have in common"), ",.0f" if most >= 20 * size else ",.1f", of),
         ("", *names),
         [(name, *(binary(amount) for amount in row)) for name, row in zip(names, amounts, strict=True)],
         f"Shown are the {MOST} of {len(weight):,} with most in common." if len(weight) > MOST else "",
@@ -232,7 +233,7 @@ def _memory(answer: Analysis) -> Figure:
     return Figure(
         "memory",
         "Who else has what VMs have",
-        f"By class. {binary(away)} have copies on other hosts only: that is what another placement works on.",
+        f"By class. {binary(away)} have copies on other hosts only, which KSM cannot merge.",
         stacked(_short([named(kind) for kind, _, _ in drawn]), _OF_VMS, [row for _, _, row in drawn], "memory"),
         ("class", "VMs", "memory", *_OF_VMS),
         [

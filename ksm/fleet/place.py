@@ -18,7 +18,7 @@ from ksm.fleet.packing import Packing, PlacementError, start
 from ksm.fleet.sample import Sample
 from ksm.fleet.sketch import Bounds, bounds, union
 from ksm.fleet.vm import Vm
-from ksm.units import binary, many
+from ksm.units import binary, many, more_or_less
 
 Method: TypeAlias = Literal["sharing", "exact", "today", "random", "decreasing", "class"]
 _HOPELESS = 1.1  # a beginning that leaves so many times the contents of the best is not worth improving
@@ -67,9 +67,10 @@ class Placement:
         'When all sharing breaks, h lacks 4.0 KiB.'
         """
         saved, waiting = self.saved, sum(not move.fits for move in self.moves)
+        least, most = (more_or_less(bound - saved.estimate) for bound in (saved.lower, saved.upper))
         found = [
-            f"Merging then saves {binary(saved.estimate)} (95 %: {binary(saved.lower)} to {binary(saved.upper)}), zero "
-            f"pages included; {many(len(self.moves), 'move')}, {many(self.hosts_freed, 'host')} freed."
+            f"Merging then saves {binary(saved.estimate)} (95 %: {least} to {most}), zero pages included; "
+            f"{many(len(self.moves), 'move')}, {many(self.hosts_freed, 'host')} freed."
         ]
         if self.newcomers:
             found.append(f"{many(self.newcomers, 'VM')} on none of these hosts today: placed, no move.")

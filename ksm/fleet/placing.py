@@ -12,7 +12,7 @@ from ksm.fleet.charts import ROWS, capped
 from ksm.fleet.hosts import Host
 from ksm.fleet.place import Placement
 from ksm.fleet.vm import Vm
-from ksm.units import binary, many
+from ksm.units import binary, many, more_or_less
 
 METHODS: Mapping[str, str] = {
     "sharing": "by sharing",
@@ -77,26 +77,27 @@ def _methods(said: Comparison) -> Figure:
     axis = alt.Axis(labelLimit=150, domain=False, ticks=False)
     tips = ["method:N", *(alt.Tooltip(f"{name}:Q", format=",.1f") for name in ("saved", "least", "most"))]
     base = alt.Chart(values(rows)).encode(y=alt.Y("method:N", title=None, sort=list(placed), axis=axis), tooltip=tips)
-    bars = base.mark_bar(style="blue-bar").encode(x=alt.X("saved:Q", title=f"saved, {of}"))
+    bars = base.mark_bar(style="blue-bar").encode(x=alt.X("saved:Q", title=f"saved, {of}", axis=alt.Axis(tickCount=8)))
     sure = base.mark_rule(style="ink-rule").encode(x="least:Q", x2="most:Q")
     return Figure(
         "methods",
         "What each way of placing saves",
         "Bars are estimates from the sketches; the lines are what they lie between in at least 95 of 100 cases.",
         (bars + sure).properties(width="container", height=34 * len(rows)),
-        ("placement", "saved", "at least", "at most", "hosts", "freed", "moves", "need spare room", ""),
-        [_method(METHODS[name], one) for name, one in all_of_them.items()],
+        ("placement", "saved", "beside today", "at worst", "at best", "hosts", "freed", "moves", "need spare room", ""),
+        [_method(METHODS[name], one, said.others.get("today")) for name, one in all_of_them.items()],
     )
 
 
-def _method(name: str, one: Placement | str) -> tuple[str, ...]:
+def _method(name: str, one: Placement | str, today: Placement | str | None) -> tuple[str, ...]:
     if isinstance(one, str):
-        return (name, *[""] * 7, one)
+        return (name, *[""] * 8, one)
     saved = one.saved
+    more = more_or_less(saved.estimate - today.saved.estimate) if isinstance(today, Placement) else ""
+    bounds = (more_or_less(bound - saved.estimate) for bound in (saved.lower, saved.upper))
     counts = (one.hosts_used, one.hosts_freed, len(one.moves), sum(not move.fits for move in one.moves))
     proven = "" if one.proven is None else "proven: there is nothing better" if one.proven else "not proven to be best"
-    amounts = (binary(amount) for amount in (saved.estimate, saved.lower, saved.upper))
-    return (name, *amounts, *(f"{count:,}" for count in counts), proven)
+    return (name, binary(saved.estimate), more, *bounds, *(f"{count:,}" for count in counts), proven)
 
 
 def _moves(found: Placement) -> Figure:

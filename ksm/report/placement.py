@@ -7,7 +7,7 @@ from itertools import accumulate
 from ksm.fleet.place import Placement
 from ksm.fleet.placing import METHODS, Comparison, figures
 from ksm.report.page import Listing, page
-from ksm.units import binary, many
+from ksm.units import binary, many, more_or_less
 
 _MOVES = 500  # that are listed, of thousands
 
@@ -63,8 +63,9 @@ def _tiles(said: Comparison) -> list[tuple[str, str, str]]:
     tiles = []
     for when, one in (("then", found), ("today", today)):
         if one is not None:
-            between = f"95 %: {binary(one.saved.lower)} to {binary(one.saved.upper)}"
-            tiles.append((f"saved {when}", binary(one.saved.estimate), between))
+            saved = one.saved
+            least, most = (more_or_less(bound - saved.estimate) for bound in (saved.lower, saved.upper))
+            tiles.append((f"saved {when}", binary(saved.estimate), f"95 %: {least} to {most}"))
     lacking = found.worst_bytes > 0
     return [
         *tiles,
