@@ -109,6 +109,15 @@ def vm(**changes: Any) -> VMClass:
         (lambda: Policy(confidence=1.0), "confidence"),
         (lambda: Policy(broken=float("nan")), "broken"),
         (lambda: Policy(settle=0), "settle"),
+        (lambda: Policy(headroom="10%"), "headroom is '10%'; it must be a number"),  # type: ignore[arg-type]
+        (lambda: Policy(settle=float("inf")), "settle is inf"),
+        (lambda: Policy(max_page_sharing=2.5), "must be a whole number"),  # type: ignore[arg-type]
+        (lambda: Policy(use_zero_pages="no"), "must be true or false"),  # type: ignore[arg-type]
+        (lambda: Policy(merge_across_nodes=2), "must be true or false"),  # type: ignore[arg-type]
+        (lambda: HostSpec(ram=GIB, name=""), "it must be a text"),
+        (lambda: HostSpec(ram=GIB, kernel=6.12), "kernel is 6.12; it must be a text"),  # type: ignore[arg-type]
+        (lambda: vm(name=5), "name is 5"),
+        (lambda: vm(share="50%"), "share is '50%'; it must be a number"),
     ],
 )
 def test_bad_input(make: Any, message: str) -> None:

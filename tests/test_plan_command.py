@@ -15,7 +15,7 @@ import pytest
 
 import ksm
 from ksm.cli import main
-from ksm.cli.plan import DOES_NOT_FIT, read
+from ksm.cli.plan import DOES_NOT_FIT, read, share
 
 PAGE = 4096
 GOOD = """
@@ -95,6 +95,15 @@ def test_a_file_of_classes_and_hosts(samples: list[str], capsys: pytest.CaptureF
             "{classes: {a: {samples: [db.raw]}, a: {samples: [web1.raw]}}, hosts: [{ram: 1G}]}",
             "line 1: a is there twice",
         ),
+        ("{classes: {'': {samples: [db.raw]}}, hosts: [{ram: 1G}]}", "name is ''"),
+        ("{classes: {a: {samples: [db.raw]}}, hosts: [{ram: 1G, name: ' '}]}", "a host: name is ' '"),
+        (
+            "{classes: {a: {samples: [db.raw]}}, hosts: [{ram: 1G}], policy: {max_page_sharing: 2.5}}",
+            "not a whole number",
+        ),
+        ("{classes: {a: {samples: [db.raw]}}, hosts: [{ram: 1G}], policy: {settle: -1}}", "not a duration"),
+        ("!!python/object/apply:os.system [id]", "not YAML"),
+        ("{classes: &c {a: *c}, hosts: [{ram: 1G}]}", "a is not known"),
         ("{classes: {1: {samples: [db.raw]}}, hosts: [{ram: 1G}]}", "class name 1 must be in quotes"),
         ("{classes: {a: {samples: [db.raw]}}, hosts: [{ram: -1G}]}", "ram: '-1G' is not a size"),
         ("{classes: {a: {samples: [db.raw]}}, hosts: [{ram: 999999999999999T}]}", "no machine has that much"),
@@ -136,10 +145,32 @@ def test_bad_files(text: str, message: str, samples: list[str], capsys: pytest.C
         (["db.raw", "--ram", "1G", "--headroom", "nan"], 2),
         (["db.raw", "--ram", "1G", "--kernel", "99"], 2),
         (["db.raw", "--file", "x.yaml"], 2),
+        (["--file", "plan.yaml", "--headroom", "5%"], 2),  # which the file would not heed
+        (["--file", "plan.yaml", "--trace", "x"], 2),
+        (["db.raw", "--ram", "1G", "--require", "0"], 2),
+        (["db.raw", "--ram", "1G", "--require", "-1"], 2),
+        (["db.raw", "--ram", "1G", "--require", "9" * 30], 3),
+        (["db.raw", "--ram", "1G", "--confidence", "99.91%"], 65),
+        (["db.raw", "--ram", "1G", "--confidence", "90"], 65),
+        (["db.raw", "--ram", "1G", "--settle", "0"], 2),
+        (["db.raw", "--ram", "1G", "--vm-ram", "1K"], 65),
+        (["db.raw", "--ram", "1G", "--vm-overhead", "1T"], 65),
+        (["empty.raw", "--ram", "1G"], 65),
+        (["zero.dump", "--ram", "1G", "--zeros", "absent"], 65),
     ],
 )
-def test_bad_arguments(arguments: list[str], code: int, samples: list[str]) -> None:
+def test_bad_arguments(arguments: list[str], code: int, samples: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    Path("plan.yaml").write_text(GOOD)
+    Path("empty.raw").touch()
+    np.zeros((10, PAGE), np.uint8).tofile("zero.dump")
     assert main(["plan", *arguments]) == code
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("Usage: ") or error.count("\n") == 0
+
+
+def test_shares_are_read_as_they_are_written() -> None:
+    assert share("99.9%") == 0.999 and share("0.1%") == 0.001  # 99.9 / 100 is a bit more, and would be refused
+    assert ksm.Policy(confidence=share("99.9%"), ksmd_cpu=share("0.1%")).confidence == 0.999
 
 
 def test_a_file_of_aliases_does_not_grow(samples: list[str], capsys: pytest.CaptureFixture[str]) -> None:

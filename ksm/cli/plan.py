@@ -6,6 +6,7 @@ import glob
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ def share(text: Any) -> float:
     found = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)\s*(%?)", str(text).strip(), re.ASCII)
     if not found or isinstance(text, bool):
         raise PlanError(f"{text!r} is not a share, such as 25% or 0.25")
-    return float(found[1]) / (100 if found[2] else 1)
+    return float(Decimal(found[1]) / (100 if found[2] else 1))  # 99.9 % is 0.999, not a bit more
 
 
 class _Parsed(click.ParamType[Any]):
@@ -95,6 +96,9 @@ _OPTIONS = (
 )
 
 
+_IN_FILE = ("traces", "vm_ram", *(field.name for field in (*fields(HostSpec), *fields(Policy))))
+
+
 def plan_options(function: F) -> F:
     """The options of a plan: of the host, the VMs and the policy, and how samples are read.
 
@@ -143,13 +147,25 @@ def work_out(sources: Sequence[str], options: Mapping[str, Any], quiet: bool = F
         click.UsageError: they contradict each other, or say too little. PlanError, SourceError, OSError: as `plan`.
     """
     if options["file"] is not None:
-        if sources or options["traces"] or options["ram"] is not None:
+        if sources:
             raise click.UsageError("--file and sources exclude each other: the file says it all")
+        if (beside := _given_beside_a_file()) is not None:
+            raise click.UsageError(f"--file and {beside} exclude each other: say it in the file")
         classes, hosts, policy = read(options["file"])
     else:
         classes, hosts, policy = _from_options(sources, options)
     with progress("fingerprinting", quiet=quiet) as show:
         return plan(classes, hosts, policy, page_size=options["page_size"], threads=options["threads"], progress=show)
+
+
+def _given_beside_a_file() -> str | None:
+    """An option that a file has a word for, given on the command line."""
+    context = click.get_current_context()
+    ours = {option.name: option for option in context.command.params if isinstance(option, click.Option)}
+    for name in _IN_FILE:
+        if name in ours and context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
+            return ours[name].opts[0]
+    return None
 
 
 def _from_options(sources: Sequence[str], options: Mapping[str, Any]) -> tuple[list[VMClass], list[HostSpec], Policy]:

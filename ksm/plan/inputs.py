@@ -36,6 +36,21 @@ def _whole(where: str, given: object, *names: str) -> None:
             raise PlanError(f"{where}: {name} is {int(value):.3g}; no machine has that much")
 
 
+def _real(where: str, given: object, *names: str) -> None:
+    """Shares and seconds are numbers."""
+    for name in names:
+        value = getattr(given, name)
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+            raise PlanError(f"{where}{name} is {value!r}; it must be a number")
+
+
+def _text(where: str, given: object, *names: str) -> None:
+    for name in names:
+        value = getattr(given, name)
+        if not isinstance(value, str) or not value.strip():
+            raise PlanError(f"{where}: {name} is {value!r}; it must be a text, and not empty")
+
+
 @dataclass(frozen=True, slots=True)
 class VMClass:
     """VMs of one kind, shown by samples.
@@ -68,8 +83,7 @@ class VMClass:
     traces: Sequence[str | os.PathLike[str] | Trace] = ()
 
     def __post_init__(self) -> None:
-        if not self.name:
-            raise PlanError("a class without a name")
+        _text("a class", self, "name")
         for what, value in (("samples", self.samples), ("traces", self.traces)):
             if not isinstance(value, Sequence) or isinstance(value, str | bytes | bytearray | memoryview):
                 raise PlanError(f"class {self.name}: {what} must be a list of sources")
@@ -81,6 +95,8 @@ class VMClass:
             _whole(f"class {self.name}", self, "ram")
             if self.ram <= 0:
                 raise PlanError(f"class {self.name}: a VM of {self.ram} bytes of RAM")
+        if self.share is not None:
+            _real(f"class {self.name}: ", self, "share")
         if self.share is not None and not (math.isfinite(self.share) and 0 < self.share <= 1):
             raise PlanError(f"class {self.name}: its share of the mix is {self.share:g}; it must be above 0, at most 1")
 
@@ -116,6 +132,8 @@ class HostSpec:
     kernel: str = "6.18"
 
     def __post_init__(self) -> None:
+        _text("a host", self, "name")
+        _text(self.name, self, "kernel")
         _whole(self.name, self, "ram", "count", "nodes", "reserve", "vm_overhead", "swap")
         if self.ram <= 0:
             raise PlanError(f"{self.name}: {self.ram} bytes of RAM")
@@ -149,7 +167,7 @@ class Policy:
     Attributes:
         headroom: share of the usable memory to leave free on a usual day.
         broken: share of the merged pages that may break at once and must still fit, in all usable memory and swap.
-        confidence: how sure "fits" has to be, and how wide the intervals are; above 0.5, below 1.
+        confidence: how sure "fits" has to be, and how wide the intervals are; 0.5 to 0.999.
         ksmd_cpu: share of one CPU that ksmd may take.
         settle: seconds within which 99 % of the saving must be there after a cold start of the whole host.
         growth: share of the RAM untouched in the samples that VMs will yet fill, with contents of their own.
@@ -175,6 +193,7 @@ class Policy:
     zeros: str = "merge"
 
     def __post_init__(self) -> None:
+        _real("", self, "headroom", "broken", "confidence", "ksmd_cpu", "settle", "growth")
         for what, low, high in (
             ("headroom", 0.0, 0.99),
             ("broken", 0.0, 1.0),
@@ -187,6 +206,11 @@ class Policy:
                 raise PlanError(f"{what} is {value:g}; it can be {low:g} to {high:g}")
         if not (math.isfinite(self.settle) and self.settle > 0):
             raise PlanError(f"settle is {self.settle:g} seconds; it must be above 0")
+        for what in ("use_zero_pages", "merge_across_nodes"):
+            if getattr(self, what) not in (None, False, True) or isinstance(getattr(self, what), float):
+                raise PlanError(f"{what} is {getattr(self, what)!r}; it must be true or false")
+        if self.max_page_sharing is not None:
+            _whole("policy", self, "max_page_sharing")
         if self.max_page_sharing is not None and not 2 <= self.max_page_sharing <= _MOST_SHARING:
             raise PlanError(f"max_page_sharing is {self.max_page_sharing}; it can be 2 to {_MOST_SHARING}")
         if self.zeros not in ("merge", "absent"):

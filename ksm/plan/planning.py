@@ -80,6 +80,9 @@ def plan(
         if not image.pages:
             raise PlanError(f"class {classes[index].name}: sample {image.name} has no pages")
     table = Table.of(taken, given.class_of, policy.zeros == "absent")
+    for index, each in enumerate(classes):
+        if not table.pages[table.class_of == index].any():
+            raise PlanError(f"class {each.name}: its samples have nothing but all-zero pages, taken for never touched")
     ram = _ram(classes, table, page)
     for host in hosts:
         for each, size in zip(classes, ram, strict=True):
