@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import os
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from ksm.cli import main
+from ksm.errors import SchedulerLostError
 from ksm.fleet import Host, Vm, analyze, fingerprint_vm, read_hosts
 from ksm.fleet.cluster import connect
-from ksm.fleet.files import paths
+from ksm.fleet.files import paths, read_sketches, write_vm
+from ksm.fleet.sketch import sketch
 from tests.fleets import fleet
 
 Said = Callable[..., tuple[int, str]]
@@ -72,8 +77,6 @@ def server() -> Iterator[Callable[[bytes], str]]:
 @pytest.mark.parametrize("greeting", [b"", b"220", b"HTTP/1.0 400 Bad request\r\n\r\n"])
 def test_a_server_that_is_no_scheduler(server: Callable[[bytes], str], greeting: bytes) -> None:
     """A silent one would be waited for for ever; another's first bytes would be taken for the length of a message."""
-    from ksm.errors import SchedulerLostError
-
     began = time.monotonic()
     with pytest.raises(SchedulerLostError, match=r"127\.0\.0\.1:\d+: no scheduler answers"):  # noqa: SIM117
         with connect(server(greeting), seconds=1):
@@ -163,8 +166,6 @@ def test_a_process_that_is_not_there_stops_no_other(said: Said, tmp_path: Path) 
 
 
 def test_loops_pipes_and_empty_files(said: Said, files: Path, tmp_path: Path) -> None:
-    import os
-
     for ending in ("pages", "sketch"):
         (tmp_path / f"empty.{ending}.parquet").write_bytes(b"")
         (tmp_path / f"loop.{ending}.parquet").symlink_to(tmp_path / f"loop.{ending}.parquet")
@@ -198,3 +199,155 @@ def test_a_vm_that_is_there_twice_is_not_placed(said: Said, files: Path, tmp_pat
     (tmp_path / "hosts.yaml").write_text("[{name: a, ram: 80M}]")
     code, line = said("fleet", "place", files, copy, "--hosts", tmp_path / "hosts.yaml")
     assert code == 65 and "vm0 is there twice, in " in line and str(copy) in line
+
+
+# ---- sketches that lie ------------------------------------------------------------------------------
+
+
+def patched(at: int, value: bytes) -> Callable[[bytes], bytes]:
+    return lambda data: data[:at] + value + data[at + len(value) :]
+
+
+def seeded(number: int) -> Callable[[bytes], bytes]:
+    """So many contents under another seed of DataSketches."""
+
+    def make(_: bytes) -> bytes:
+        import datasketches
+
+        other = datasketches.update_theta_sketch(12, seed=123)
+        for value in range(number):
+            other.update(value)
+        return bytes(other.compact().serialize())
+
+    return make
+
+
+BROKEN: dict[str, tuple[Callable[[bytes], bytes], str]] = {
+    "nothing": (lambda data: b"", "not a theta sketch"),
+    "three bytes": (lambda data: data[:3], "not a theta sketch"),
+    "truncated": (lambda data: data[:-8], "not a theta sketch"),
+    "more than there is": (patched(8, (2**31).to_bytes(4, "little")), "not a theta sketch"),
+    "another family": (patched(2, b"\x07"), "not a theta sketch"),
+    "another seed": (seeded(20_000), "seed hash mismatch"),
+    "another seed, few contents": (seeded(100), "seed hash mismatch"),
+    "out of order": (lambda data: data[:24] + data[32:40] + data[24:32] + data[40:], "not in order"),
+    "a hash twice": (lambda data: data[:24] + data[32:40] + data[32:], "not in order"),
+    "a hash above the threshold": (lambda data: data[:-8] + bytes([255] * 7) + b"\x7f", "not in order"),
+    "a threshold of 0": (patched(16, bytes(8)), "not in order"),
+    "another threshold": (patched(16, (2**63 - 2**40).to_bytes(8, "little")), "a sketch of about"),
+}
+
+
+def sketch_file(path: Path, **about: object) -> None:
+    """The one row of a file, some of it changed."""
+    import pyarrow as pa
+    import pyarrow.parquet as parquet
+
+    table = parquet.read_table(path)
+    (row,) = table.to_pylist()
+    parquet.write_table(pa.Table.from_pylist([row | about]).replace_schema_metadata(table.schema.metadata), path)
+
+
+@pytest.fixture
+def two(tmp_path: Path) -> Path:
+    """Two VMs of 10,000 contents, and a host for them."""
+    words = np.random.default_rng(1).integers(0, 2**64, (10_000, 2), dtype=np.uint64)
+    for name in ("a", "b"):
+        vm = Vm(name=name, host="h", ram=40 << 20, pages=10_000, contents=10_000)
+        write_vm(tmp_path, vm, words, np.ones(10_000, np.int64), sketch(words))
+    (tmp_path / "hosts.yaml").write_text("[{name: h, ram: 80M}]")
+    return tmp_path
+
+
+@pytest.mark.parametrize("how", BROKEN)
+def test_a_sketch_that_is_none(said: Said, two: Path, how: str) -> None:
+    change, why = BROKEN[how]
+    ((_, data),) = read_sketches(two / "b.sketch.parquet")
+    sketch_file(two / "b.sketch.parquet", sketch=change(data))
+    code, line = said("fleet", "place", two, "--hosts", two / "hosts.yaml")
+    assert code == 65 and line.startswith(f"ksm: {two}/b.sketch.parquet: b: ") and why in line
+
+
+@pytest.mark.parametrize(
+    ("about", "why"),
+    [
+        ({"ram": -5}, "ram is -5, below 0"),
+        ({"ram": float("nan")}, "ram is nan"),
+        ({"vcpus": 2**62}, "above"),
+        ({"contents": 1}, "a sketch of about"),
+        ({"zero_pages": 1}, "1 zero pages and 10000 contents in 10000"),
+        ({"name": None}, "a VM without a name"),
+        ({"name": "b\nc"}, "cannot be printed"),
+        ({"tags": "{"}, "damaged"),
+        ({"tags": "[1]"}, "tags is [1]"),
+        ({"sketch": None}, "a row without a sketch"),
+        ({"page_size": 16384}, "page_size differs: 16384, 4096"),
+        ({"key_id": "abc"}, "key_id differs: none, abc"),
+    ],
+    ids=str,
+)
+def test_a_sketch_whose_metadata_lies(said: Said, two: Path, about: dict[str, object], why: str) -> None:
+    sketch_file(two / "b.sketch.parquet", **about)
+    code, line = said("fleet", "place", two, "--hosts", two / "hosts.yaml")
+    assert code == 65 and why in line
+
+
+def test_sketches_that_do_not_lie(said: Said, two: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fleet", "place", str(two), "--hosts", str(two / "hosts.yaml")]) == 0
+    assert capsys.readouterr().err == ""
+
+
+# ---- constraints that contradict each other ---------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("hosts", "options", "vm", "why"),
+    [
+        ("[{name: h, ram: 39M}]", (), {}, "more than any NUMA node of any host has"),
+        ("[{name: h, ram: 79M}]", (), {}, "the VMs need 83,886,080 bytes"),
+        ("[{name: h, ram: 80M, vcpus: 1}]", (), {}, "the VMs need 2 vCPUs, and the hosts have 1"),
+        ("[{name: h, ram: 80M}]", (), {"apart": "x"}, "anti-affinity 'x' keeps 2 VMs on hosts of their own"),
+        ("[{name: h, ram: 80M}]", (), {"domain": None}, "2 security domains need as many places"),
+        ("[{name: i, ram: 80M}]", (), {"pinned": True}, "a is pinned to host 'h', node 0, which is not among"),
+        ("[{name: h, ram: 79M},{name: i, ram: 80M}]", (), {"pinned": True}, "b is pinned to host h, which its RAM"),
+        ("[{name: h, ram: 79M},{name: i, ram: 80M}]", ("--migrations", "0"), {}, "1 VMs have to move"),
+    ],
+)  # fmt: skip
+def test_constraints_that_contradict_each_other(
+    said: Said, two: Path, hosts: str, options: tuple[str, ...], vm: dict[str, object], why: str
+) -> None:
+    (two / "hosts.yaml").write_text(hosts)
+    for name in ("a", "b"):
+        about = {key: name if value is None else value for key, value in vm.items()}
+        sketch_file(two / f"{name}.sketch.parquet", **about)
+    code, line = said("fleet", "place", two, "--hosts", two / "hosts.yaml", *options)
+    assert code == 65 and why in line
+
+
+# ---- keys -------------------------------------------------------------------------------------------
+
+
+def test_a_fleet_under_a_key(said: Said, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """From images to moves under a key; another key, no key where one is, and plain files beside are told."""
+    for name, seed in (("key", 0), ("other", 1)):
+        (tmp_path / name).write_bytes(bytes(range(seed, seed + 32)))
+        (tmp_path / name).chmod(0o600)
+    raw = tmp_path / "guest.raw"
+    raw.write_bytes(np.random.default_rng(1).bytes(4096 * 50))
+    keyed, plain = tmp_path / "keyed", tmp_path / "plain"
+    options = ["--json", "--host", "h"]
+    for name in ("a", "b"):
+        key = ["--key-file", str(tmp_path / "key")]
+        assert main(["fingerprint", f"{name}={raw}", "-o", str(keyed), *key, *options]) == 0
+    assert main(["fingerprint", f"c={raw}", "-o", str(plain), *options]) == 0
+    capsys.readouterr()
+    assert main(["fleet", "analyze", "--single", str(keyed), "--key-file", str(tmp_path / "key"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["total"]["pages_sharing"] == 50
+    code, line = said("fleet", "analyze", "--single", keyed, "--key-file", tmp_path / "other")
+    assert code == 65 and "the key has id" in line
+    code, line = said("fleet", "analyze", "--single", keyed, plain)
+    assert code == 65 and "keys differ" in line and "none in" in line
+    (tmp_path / "hosts.yaml").write_text("[{name: h, ram: 80M}]")
+    code, line = said("fleet", "place", keyed, plain, "--hosts", tmp_path / "hosts.yaml")
+    assert code == 65 and "key_id differs" in line
+    assert main(["fleet", "place", str(keyed), "--hosts", str(tmp_path / "hosts.yaml")]) == 0

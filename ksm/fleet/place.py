@@ -16,7 +16,7 @@ from ksm.fleet.improve import SWEEPS, improve, shifted
 from ksm.fleet.moves import Move, moves
 from ksm.fleet.packing import Packing, PlacementError, start
 from ksm.fleet.sample import Sample
-from ksm.fleet.sketch import Bounds, bounds, union
+from ksm.fleet.sketch import Bounds, bounds, check, union
 from ksm.fleet.vm import Vm
 from ksm.units import binary, many, more_or_less
 
@@ -109,7 +109,8 @@ def read_fleet(given: Sequence[str]) -> tuple[list[Vm], list[bytes]]:
     """The VMs and sketches of directories and files of `ksm fingerprint`, each VM once, by name.
 
     Raises:
-        SourceError: a file cannot be read; page sizes or keys differ; a VM is there twice.
+        SourceError: a file cannot be read, or a sketch is not one of its VM's contents; page sizes or keys differ; a
+            VM is there twice.
 
     >>> from ksm.fleet import fingerprint_vm
     >>> _ = fingerprint_vm(b"x" * 8192, "one", Vm(name="a"))
@@ -121,6 +122,8 @@ def read_fleet(given: Sequence[str]) -> tuple[list[Vm], list[bytes]]:
     for (path, (one, _)), (again, (other, _)) in itertools.pairwise(found):
         if one.name == other.name:
             raise SourceError(f"{one.name} is there twice, in {path} and {again}: name one of them")
+    for path, (vm, data) in found:
+        check(data, vm.contents, f"{path}: {vm.name}")
     rows = [row for _, row in found]
     for what in ("page_size", "key_id"):
         values = sorted({str(getattr(vm, what)) for vm, _ in rows})

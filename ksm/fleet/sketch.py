@@ -7,6 +7,8 @@ contents whose hash is below a threshold, so the sketches of a fleet sample the 
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +23,7 @@ LG_K = 12  # 4,096 contents kept: a relative standard error of 1.6 %
 _WIDER = 1.1
 _WHOLE = float(1 << 63)  # the library's thresholds are of 63 bits
 _BATCH = 1 << 16
+_UNLIKELY = 6.0  # standard deviations
 
 # The layout of a sketch that has dropped hashes, as Apache DataSketches documents and `serialize` writes it: a byte
 # each for longs of preamble, serial version and family, the flags in byte 5, the number of hashes and the threshold in
@@ -121,6 +124,9 @@ def bounds(found: Any) -> Bounds:
 def retained(data: bytes, name: str = "sketch") -> tuple[npt.NDArray[np.uint64], float]:
     """The hashes that a sketch keeps, ascending, and the fraction of all contents that they are.
 
+    Raises:
+        SourceError: not a sketch, made with another seed, or damaged: hashes out of order or above the threshold.
+
     >>> hashes, fraction = retained(sketch(np.zeros((5, 2), np.uint64)))
     >>> len(hashes), fraction
     (1, 1.0)
@@ -128,9 +134,37 @@ def retained(data: bytes, name: str = "sketch") -> tuple[npt.NDArray[np.uint64],
     longs = data[0] & 0x3F if len(data) > 24 else 0
     if longs == _ESTIMATING and data[1] == _SERIAL and data[2] == _COMPACT and data[5] & _ORDERED:
         kept, theta = int.from_bytes(data[8:12], "little"), int.from_bytes(data[16:24], "little")
-        if len(data) == 8 * (longs + kept) and 0 < theta < 1 << 63:
-            return np.frombuffer(data, "<u8", offset=8 * longs), theta / _WHOLE
+        if len(data) == 8 * (longs + kept) and 0 < theta < 1 << 63 and data[6:8] == _seed():
+            return _checked(np.frombuffer(data, "<u8", offset=8 * longs), theta, name)
     found = read(data, name)
-    hashes = np.fromiter(found, np.uint64, found.num_retained)
+    hashes = np.array(list(found), np.uint64)
     hashes.sort()
-    return hashes, found.theta64 / _WHOLE
+    return _checked(hashes, found.theta64, name)
+
+
+@functools.cache
+def _seed() -> bytes:
+    """What a sketch of the default seed says of it."""
+    return sketch(np.ones((1, 2), np.uint64))[6:8]
+
+
+def _checked(hashes: npt.NDArray[np.uint64], theta: int, name: str) -> tuple[npt.NDArray[np.uint64], float]:
+    if len(hashes) and (not hashes[0] or hashes[-1] >= theta or (hashes[1:] <= hashes[:-1]).any()):
+        raise SourceError(f"{name}: a damaged sketch: its hashes are not in order below its threshold")
+    return hashes, theta / _WHOLE
+
+
+def check(data: bytes, contents: int, name: str) -> None:
+    """Whether a sketch can be one of so many contents.
+
+    Raises:
+        SourceError: as `retained`; or it stands for another number, by six standard deviations.
+
+    >>> check(sketch(np.zeros((5, 2), np.uint64)), 5, "a.sketch.parquet")
+    Traceback (most recent call last):
+    ksm.errors.SourceError: a.sketch.parquet: damaged: a sketch of about 1 contents, its metadata says 5
+    """
+    hashes, fraction = retained(data, name)
+    found = len(hashes) / fraction
+    if abs(found - contents) > _UNLIKELY * math.sqrt(max(found, contents) * (1 - fraction) / fraction):
+        raise SourceError(f"{name}: damaged: a sketch of about {found:,.0f} contents, its metadata says {contents:,}")

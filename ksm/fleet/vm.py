@@ -116,6 +116,8 @@ class Vm:
             if (wanted is int and isinstance(value, bool)) or not isinstance(value, wanted):
                 raise SourceError(f"{f.name} is {value!r}")
             taken[f.name] = value
+        if "name" not in taken:
+            raise SourceError("a VM without a name")
         if taken.get("zeros", "touched") not in ("touched", "merge", "absent"):
             raise SourceError(f"zeros is {taken['zeros']!r}")
         try:
