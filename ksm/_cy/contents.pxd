@@ -91,10 +91,9 @@ cdef inline uint64_t mixed(uint64_t high, uint64_t low) noexcept nogil:
     return x * 0xd6e8feb86659fd93u
 
 
-cdef inline void content_visit(Contents *c, uint64_t high, uint64_t low, uint32_t source, uint32_t limit,
-                               int64_t *counts) noexcept nogil:
+cdef inline void content_visit(Contents *c, uint64_t high, uint64_t low, uint64_t hash, uint32_t source,
+                               uint32_t limit, int64_t *counts) noexcept nogil:
     """One more page; `contents_reserve` went before."""
-    cdef uint64_t hash = mixed(high, low)
     cdef uint64_t at = (hash >> 32) & c.mask, entry
     cdef Content *content
     cdef int64_t *row = counts + source * COUNTED
@@ -137,21 +136,28 @@ cdef inline void content_visit(Contents *c, uint64_t high, uint64_t low, uint32_
     c.entries[at] = (hash & 0xffffffff00000000u) | c.count
 
 
+cdef inline uint64_t content_ahead(const Contents *c, const uint64_t *words) noexcept nogil:
+    """The hash of a page that comes FAR later, whose entry is fetched."""
+    cdef uint64_t hash = mixed(words[0], words[1])
+    fetch(&c.entries[(hash >> 32) & c.mask])
+    return hash
+
+
 cdef inline void contents_visit(Contents *c, const uint64_t *words, const uint8_t *present, uint64_t n,
                                 uint64_t zero_high, uint64_t zero_low, bint zeros_merge,
                                 uint32_t source, uint32_t limit, int64_t *counts) noexcept nogil:
     """Pages by their (high, low) words; of all-zero pages only the number is counted unless they merge."""
     cdef int64_t *row = counts + source * COUNTED
-    cdef uint64_t i, ahead
+    cdef uint64_t hashes[FAR]
+    cdef uint64_t i, hash
+    for i in range(min(n, <uint64_t>FAR)):
+        hashes[i] = content_ahead(c, words + 2 * i)
     for i in range(n):
+        hash = hashes[i % FAR]
         if i + FAR < n:
-            ahead = mixed(words[2 * (i + FAR)], words[2 * (i + FAR) + 1])
-            fetch(&c.entries[(ahead >> 32) & c.mask])
-        if i + NEAR < n:
-            ahead = mixed(words[2 * (i + NEAR)], words[2 * (i + NEAR) + 1])
-            ahead = c.entries[(ahead >> 32) & c.mask]
-            if ahead:
-                fetch(&c.all[ahead & 0xffffffffu])
+            hashes[i % FAR] = content_ahead(c, words + 2 * (i + FAR))
+        if i + NEAR < n:    # an empty entry leads to content 0: no branch, which nobody could predict
+            fetch(&c.all[c.entries[(hashes[(i + NEAR) % FAR] >> 32) & c.mask] & 0xffffffffu])
         if present != NULL and not present[i]:
             continue
         row[PAGES] += 1
@@ -159,4 +165,4 @@ cdef inline void contents_visit(Contents *c, const uint64_t *words, const uint8_
             row[ZEROS] += 1
             if not zeros_merge:
                 continue
-        content_visit(c, words[2 * i], words[2 * i + 1], source, limit, counts)
+        content_visit(c, words[2 * i], words[2 * i + 1], hash, source, limit, counts)
