@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 
 import ksm
 from ksm import HostSpec, Plan, PlanError, Policy, VMClass
+from ksm.constants import MADV_MERGEABLE
 from ksm.plan.contents import Table
 from ksm.plan.growth import Growth, Rules, Samples
 from ksm.sources import Snapshot
@@ -58,6 +60,76 @@ def test_rarefaction_is_the_mean_over_all_subsets(images: list[list[int]], limit
     limited = Growth(Samples(table), Rules(limit, True), [len(prints)])
     everything = frames(prints, max_page_sharing=limit, use_zero_pages=True)
     assert limited.frames(np.array([[len(prints)]]))[0][0] == pytest.approx(everything)
+
+
+def splits(items: list[Any], sizes: list[int]) -> Iterator[list[list[Any]]]:
+    """All ways to deal out some of the items to places, so many to each."""
+    if not sizes:
+        yield []
+        return
+    for some in itertools.combinations(range(len(items)), sizes[0]):
+        rest = [item for i, item in enumerate(items) if i not in some]
+        for more in splits(rest, sizes[1:]):
+            yield [[items[i] for i in some], *more]
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    first=st.lists(contents, min_size=2, max_size=3),
+    second=st.lists(contents, min_size=1, max_size=3),
+    limit=st.sampled_from([2, 3, 5, 256]),
+    zero=st.booleans(),
+    nodes=st.sampled_from([1, 2]),
+    data=st.data(),
+)
+def test_classes_nodes_and_limits_against_every_way_to_draw_and_place(
+    first: list[list[int]], second: list[list[int]], limit: int, zero: bool, nodes: int, data: st.DataObject
+) -> None:
+    """Of two classes, so many each, dealt out to nodes that do not merge with each other: the mean over all ways."""
+    prints = [image(*each) for each in first + second]
+    class_of = [0] * len(first) + [1] * len(second)
+    table = Table.of([Snapshot("", PAGE, True, True, ((0, each),)) for each in prints], class_of)
+    counts = [data.draw(st.integers(0, len(each)), "VMs") for each in (first, second)]
+    dealt = [[n // nodes + (node < n % nodes) for node in range(nodes)] for n in counts]
+    growth = Growth(Samples(table), Rules(limit, zero, nodes), counts)
+    found, unshared = growth.frames(np.array([counts]))
+    every, alone = [], []
+    for ours in splits(prints[: len(first)], dealt[0]):
+        for theirs in splits(prints[len(first) :], dealt[1]):
+            places = [mine + others for mine, others in zip(ours, theirs, strict=True) if mine + others]
+            every.append(sum(frames(each, max_page_sharing=limit, use_zero_pages=zero) for each in places))
+            alone.append(sum(ksm.estimate(each, use_zero_pages=True).pages_unshared for each in places))
+    assert found[0] == pytest.approx(np.mean(every))
+    assert unshared[0] <= np.mean(alone) + 1e-9
+    copies = [{each.count(value) for each in first + second if value in each} for value in range(1, 9)]
+    if not any(len(each) > 1 and 1 in each for each in copies):  # such contents are taken for shared
+        assert unshared[0] == pytest.approx(np.mean(alone))
+
+
+@pytest.mark.parametrize("zero", [False, True])
+@pytest.mark.parametrize("limit", [2, 5, 256])
+def test_frames_are_those_of_a_machine(limit: int, zero: bool) -> None:
+    """The samples themselves, on a machine of two nodes with those tunables, and what the kernel says of them."""
+    random = np.random.default_rng(limit)
+    prints = [image(*random.integers(0, 30, 40)) for _ in range(4)]
+    table = Table.of([Snapshot("", PAGE, True, True, ((0, each),)) for each in prints], [0] * 4)
+    every = []
+    for chosen in itertools.combinations(range(4), 2):
+        machine = ksm.Machine(nodes=2)
+        machine.ksm.merge_across_nodes = 0
+        machine.ksm.max_page_sharing = limit
+        machine.ksm.use_zero_pages = zero
+        machine.ksm.smart_scan = 0
+        machine.ksm.pages_to_scan = 1 << 20
+        machine.ksm.run = 1
+        for number, each in enumerate(prints):
+            process = machine.spawn()
+            process.madvise(process.mmap(each, node=int(number in chosen)), len(each) * PAGE, MADV_MERGEABLE)
+        for _ in range(6):
+            machine.ksmd.scan()
+        every.append(machine.frames)
+    planned = Growth(Samples(table), Rules(limit, zero, 2), [4]).frames(np.array([[4]]))[0][0]
+    assert planned == pytest.approx(np.mean(every))
 
 
 def test_a_plan_answers() -> None:

@@ -42,7 +42,8 @@ class Groups:
         sizes: (classes,) how many samples there are.
         q: (groups, classes) in how many of them a content is.
         number: (groups,) of contents.
-        single: (groups,) whether no image has two copies.
+        single: (groups,) whether no image has two copies; contents that some have once and others twice, which are few,
+            are taken for shared wherever they are.
 
     >>> groups = Groups(np.array([2]), np.array([[1], [2]]), np.array([10.0, 5.0]), np.array([True, True]))
     >>> groups.exclusive(0).tolist()
