@@ -249,7 +249,8 @@ def cells(
     ]
     high = max([0.01, *(cell["number"] for cell in found)])
     axis = {"labelLimit": 120, "domain": False, "ticks": False, "grid": False}
-    across = alt.Axis(**axis, labelAngle=0) if len(columns) < 6 else alt.Axis(**axis, labelAngle=-45)
+    level = len(columns) * max(map(len, columns), default=0) <= 36  # characters, on a phone
+    across = alt.Axis(**axis, labelAngle=0 if level else -45)
     base = alt.Chart(values(found)).encode(
         x=alt.X("column:N", title=titles[1], sort=list(columns), scale=alt.Scale(domain=list(columns)), axis=across),
         y=alt.Y("row:N", title=titles[0], sort=list(rows), scale=alt.Scale(domain=list(rows)), axis=alt.Axis(**axis)),

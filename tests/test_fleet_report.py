@@ -23,15 +23,16 @@ from ksm.units import binary
 from tests import chromium, fleets
 from tests.test_report import CHARTS, CUT, OVERFLOW
 
+LONG = "W" * 150
 EVIL = "<script>alert(1)</script>"
 BROKEN = '"><img src=x onerror=alert(2)>'
-HOSTS = [Host(name=f"h{n}", ram=16 << 20, reserve=1 << 20, vm_overhead=1000) for n in range(3)]
+HOSTS = [Host(name=name, ram=16 << 20, reserve=1 << 20, vm_overhead=1000) for name in ("h0", "h1", LONG)]
 
 
 def write(directory: Path, vms: int = 9) -> None:
-    """VMs of three classes on four hosts, with names that would run, and a file that is damaged."""
+    """VMs of three classes on five hosts, with names that would run, and a file that is damaged."""
     for n, image in enumerate(fleets.pages(3, vms)):
-        host = BROKEN if n == 8 else f"h{n // 3}"
+        host = BROKEN if n == 8 else LONG if n == 7 else f"h{n // 3}"
         name = "vm <b>&amp;" if n == 2 else f"vm{n}"
         vm = Vm(name=name, kind=("web", "", EVIL)[n % 3], host=host, ram=4 << 20)
         fingerprint_vm(image, directory, vm, threads=1)
@@ -50,7 +51,7 @@ def answer(directory: Path) -> Analysis:
     bad.write_bytes(b"no")
     found = analyze(directory, [Host(name="h0", max_page_sharing=2), Host(name="h1", use_zero_pages=True)])
     bad.unlink()
-    assert not found.complete and len(found.hosts) == 4
+    assert not found.complete and len(found.hosts) == 5
     return found
 
 
@@ -86,7 +87,7 @@ def test_hosts_add_up(answer: Analysis) -> None:
         saved = sum(parts.values()) - parts["stays in memory"]
         assert saved * (1 << 20) == pytest.approx(row.saved_bytes, abs=300), row.name
         assert parts["stays in memory"] * (1 << 20) == pytest.approx(row.frames_bytes, abs=100)
-    assert sum(bars(figure.chart, "share").values()) == pytest.approx(4, abs=1e-3)
+    assert sum(bars(figure.chart, "share").values()) == pytest.approx(5, abs=1e-3)
     said = {row[0]: row for row in figure.rows}
     assert said["h1"][3] == binary(next(row for row in answer.hosts if row.name == "h1").saved_bytes)
     assert [row[0] for row in figure.rows] == [
