@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -237,6 +238,26 @@ def test_commands(
         "hosts.yaml",
         "place.html",
     ]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the size of files")
+def test_a_page_that_cannot_be_written_leaves_the_old_one(
+    directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import resource
+
+    page = tmp_path / "fleet.html"
+    page.write_text("old")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        code = main(["fleet", "analyze", str(directory), "--single", "--report", str(page), "--force"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    said = capsys.readouterr()
+    assert code == 74 and said.err == f"ksm: {page}: File too large\n"
+    assert "Today KSM saves" in said.out  # the answer is shown all the same
+    assert page.read_text() == "old" and list(tmp_path.iterdir()) == [page]
 
 
 # ---- in a browser --------------------------------------------------------------------------------------

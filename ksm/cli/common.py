@@ -176,19 +176,27 @@ def progress(what: str, quiet: bool = False) -> Iterator[Callable[[int, int], No
 def write_whole(output: str, write: Callable[[str], object]) -> None:
     """All of a file or nothing: `write` is given a path beside it, which is then put in its place.
 
+    Raises:
+        OSError: it cannot be written; it is what it was before.
+
     >>> write_whole("answer.txt", lambda path: Path(path).write_text("42"))
     >>> Path("answer.txt").read_text()
     '42'
     """
     path = Path(output)
-    handle, beside = tempfile.mkstemp(suffix=path.suffix.lower(), prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
     try:
-        write(beside)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(beside, 0o666 & ~umask)
-        os.replace(beside, output)
-    except BaseException:
-        Path(beside).unlink(missing_ok=True)
-        raise
+        handle, beside = tempfile.mkstemp(suffix=path.suffix.lower(), prefix=f".{path.name}.", dir=path.parent)
+        os.close(handle)
+        try:
+            write(beside)
+            umask = os.umask(0)
+            os.umask(umask)
+            os.chmod(beside, 0o666 & ~umask)
+            os.replace(beside, output)
+        except BaseException:
+            Path(beside).unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, output) from error  # not the name of the file beside it, or none
