@@ -12,8 +12,8 @@ from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from ksm._cy.memory cimport fetch, release, resize, zeroed
 
 cdef enum:
-    FAR = 32        # pages ahead whose table entry is fetched
-    NEAR = 16       # pages ahead whose content is fetched: its entry has come by then
+    FAR = 64        # pages ahead whose table entry is fetched: a power of two, as it is divided by
+    NEAR = 12       # pages ahead whose content is fetched: its entry has come by then
 
     # What is counted, for each source.
     PAGES = 0
