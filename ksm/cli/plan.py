@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -122,7 +122,8 @@ def command(
     """How many VMs fit on a host, from samples of their memory.
 
     Each SOURCE is a sample of one VM, all of one class: a memory image (`ksm formats` lists which), pid:123 or
-    qemu:NAME; or a recording of several (`ksm record`), which tells how fast sharing breaks, too. Classes, hosts and
+    qemu:NAME; what `ksm fingerprint` wrote of VMs; or a recording of several (`ksm record`), which tells how fast
+    sharing breaks, too. Classes, hosts and
     mixes are described in a YAML file. Exit code 3: fewer than --require fit.
     """
     answer = work_out(sources, options, quiet=as_json)
@@ -154,8 +155,27 @@ def work_out(sources: Sequence[str], options: Mapping[str, Any], quiet: bool = F
         classes, hosts, policy = read(options["file"])
     else:
         classes, hosts, policy = _from_options(sources, options)
+    classes = _with_fingerprints(classes)
     with progress("fingerprinting", quiet=quiet) as show:
         return plan(classes, hosts, policy, page_size=options["page_size"], threads=options["threads"], progress=show)
+
+
+def _with_fingerprints(classes: Sequence[VMClass]) -> list[VMClass]:
+    """The classes with what `ksm fingerprint` wrote among their samples read, all of it under one key."""
+    given = [str(each) for known in classes for each in known.samples]
+    if not any(each.endswith(".parquet") or Path(each).is_dir() for each in given):
+        return list(classes)  # the fleet takes a while to import
+    from ksm.fleet.samples import is_fingerprinted, samples
+
+    read = {path: samples([path]) for path in dict.fromkeys(given) if is_fingerprinted(path)}
+    keys = {key: path for path, (_, key) in read.items()}
+    if len(keys) > 1 or (any(keys) and len(read) < len(set(given))):
+        secret = next(path for key, path in keys.items() if key)
+        raise PlanError(f"{secret}: its fingerprints are under a key, and cannot be compared with other samples")
+    return [
+        replace(known, samples=[one for each in known.samples for one in read.get(str(each), ([each], ""))[0]])
+        for known in classes
+    ]
 
 
 def _given_beside_a_file() -> str | None:
