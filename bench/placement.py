@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.generated import KINDS, Fleet
-from ksm.charts import LIGHT, load_altair
+from bench.scaling import picture
 from ksm.fleet import Placement, PlacementError, place
 from ksm.fleet.packing import Packing
 from ksm.fleet.place import Method
@@ -89,26 +89,6 @@ def left(fleet: Fleet, found: Placement) -> float:
     return packing.contents()
 
 
-def picture(rows: list[dict[str, Any]], path: str) -> None:
-    """Time and memory over the size, on logarithmic axes."""
-    altair = load_altair()
-    figures = [{"VMs": row["vms"], "seconds": row["sharing"]["seconds"], "GiB": row["peak"] / 2**30} for row in rows]
-    both = []
-    for what, title, color in (
-        ("seconds", "seconds to place", LIGHT["blue"]),
-        ("GiB", "GiB at the most", LIGHT["green"]),
-    ):
-        axes = {
-            "x": altair.X("VMs:Q", scale=altair.Scale(type="log"), axis=altair.Axis(format="~s", tickCount=4)),
-            "y": altair.Y(f"{what}:Q", scale=altair.Scale(type="log"), title=title, axis=altair.Axis(tickCount=4)),
-        }
-        chart = altair.Chart(altair.Data(values=figures)).encode(**axes)
-        both.append(
-            (chart.mark_line(color=color) + chart.mark_point(color=color, filled=True, size=60)).properties(width=300)
-        )
-    altair.hconcat(*both).save(path, scale_factor=2)
-
-
 def table(title: str, headings: list[str], rows: list[list[str]]) -> None:
     found = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
     for index, heading in enumerate(headings):
@@ -171,7 +151,7 @@ def main() -> int:
             rows,
         )
         if how.picture:
-            picture(found, how.picture)
+            picture([(row["vms"], row["sharing"]["seconds"], row["peak"]) for row in found], "place", how.picture)
     return 0
 
 
