@@ -21,8 +21,9 @@ import pyarrow.parquet as parquet
 import pytest
 
 from ksm.cli import main
-from ksm.errors import SourceError, UnsupportedError
+from ksm.errors import SourceError, UnsupportedError, WorkersGoneError
 from ksm.fleet import Host, Vm, analyze, connect, fingerprint_vm
+from ksm.fleet import cluster as cluster_module
 from ksm.fleet.files import find, paths, read_range, read_sketches, read_vm, write_pages
 from tests.fleets import Cells, connect_when_up, environment, fleet, free_port, pages, wait_for_workers
 
@@ -442,6 +443,30 @@ def test_a_host_goes_away_with_its_files(tmp_path: Path) -> None:
     }
     assert not answer.complete
     assert answer.total == analyze([everything / f"vm{number}.pages.parquet" for number in range(3)]).total
+
+
+def test_a_result_that_goes_with_its_host_is_not_waited_for(tmp_path: Path) -> None:
+    """Done, and lost before it was fetched: another worker makes it again, or none can."""
+    cells = Cells(tmp_path)
+    address = f"tcp://127.0.0.1:{(port := free_port())}"
+    try:
+        cells.scheduler("127.0.0.1", port)
+        workers = [cells.worker(address, "--host", f"127.0.0.{index + 2}") for index in range(2)]
+        with connect_when_up(address) as client:
+            wait_for_workers(client, 2)
+            there = {"workers": ["127.0.0.3"], "pure": False}
+            bound = client.submit(len, "abc", **there)
+            free = client.submit(len, "abcd", **there, allow_other_workers=True)
+            cluster_module.first_done(client, [bound])
+            cluster_module.first_done(client, [free])
+            workers[1].kill()
+            workers[1].wait()
+            until(lambda: len(client.scheduler_info(n_workers=-1)["workers"]) == 1)
+            assert cluster_module.result(client, free, [("127.0.0.2", "127.0.0.3")]) == 4
+            with pytest.raises(WorkersGoneError, match=r"no worker is left on 127\.0\.0\.3"):
+                cluster_module.result(client, bound, [("127.0.0.3",)])
+    finally:
+        cells.end()
 
 
 def test_images_are_fingerprinted_where_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

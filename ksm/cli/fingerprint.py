@@ -155,8 +155,8 @@ def _on_workers(
                 for future in first_done(client, running, needed):
                     _, vm = running.pop(future)
                     try:
-                        found.done.append(Vm.from_dict(result(client, future)))
-                    except SchedulerLostError:
+                        found.done.append(Vm.from_dict(result(client, future, needed)))
+                    except (SchedulerLostError, WorkersGoneError):
                         running[future] = "", vm
                         raise
                     except (KsmError, OSError) as error:

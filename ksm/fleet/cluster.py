@@ -136,8 +136,12 @@ def connect(scheduler: str, tls: Tls | None = None, seconds: float = CONNECT_SEC
         try:
             _greeted(where, security, seconds)
             client = distributed.Client(scheduler, timeout=seconds, security=security, set_as_default=False)
-        except (OSError, ValueError, RuntimeError) as error:
-            why = "" if isinstance(error, TimeoutError) else f" ({' '.join(str(error).split())[:200]})"
+        except (OSError, ValueError, RuntimeError, distributed.TimeoutError) as error:
+            why = (
+                ""
+                if isinstance(error, (TimeoutError, distributed.TimeoutError))
+                else f" ({' '.join(str(error).split())[:200]})"
+            )
             raise SchedulerLostError(f"{scheduler}: no scheduler answers{why}") from None
         try:
             check(client)
@@ -237,11 +241,12 @@ def everywhere(client: Any, function: Any, *arguments: Any) -> dict[str, Any]:
     ...     list(everywhere(client, sum, [1, 2]).values())
     [3]
     """
+    distributed = need("distributed")
     where = places(client)
     first = {addresses[0]: place for place, addresses in where.items()}
     try:
         answers = client.run(function, *arguments, workers=list(first), on_error="return")
-    except (OSError, TimeoutError) as error:
+    except (OSError, distributed.TimeoutError) as error:
         raise SchedulerLostError(f"{client.scheduler.address}: {error or 'does not answer'}") from None
     for address, answer in answers.items():
         if isinstance(answer, KsmError):
@@ -274,7 +279,7 @@ def first_done(client: Any, running: Collection[Any], needed: Iterable[tuple[str
         try:
             with client.as_current():  # `wait` asks the current client; of a dict it would look at the values
                 return set(distributed.wait(list(running), timeout=_QUIET_SECONDS, return_when="FIRST_COMPLETED").done)
-        except TimeoutError:
+        except distributed.TimeoutError:  # before Python 3.11 not the built-in one
             _alive(client, needed)
         except Exception as error:
             raise _lost(client, error) from None
@@ -299,25 +304,39 @@ def _lost(client: Any, error: BaseException) -> KsmError:
     return SchedulerLostError(f"{address}: the scheduler went away ({type(error).__name__})")
 
 
-def result(client: Any, future: Any) -> Any:
-    """What a future that is done gives.
+def result(client: Any, future: Any, needed: Iterable[tuple[str, ...]] = ()) -> Any:
+    """What a future that is done gives; if its worker dies with it, what another worker makes of it.
+
+    Args:
+        client: whose future it is.
+        future: one of `first_done`.
+        needed: hosts, as of `first_done`.
 
     Raises:
-        SchedulerLostError: it went with the scheduler. KsmError: its workers died over and over, or were too small;
-        and whatever the work itself raised.
+        SchedulerLostError: it went with the scheduler, or with all workers. WorkersGoneError: with those of needed
+        hosts. KsmError: its workers died over and over, or were too small; and whatever the work itself raised.
 
     >>> with local(1) as client:
     ...     result(client, client.submit(len, "abc"))
     3
     """
     distributed = need("distributed")
-    try:
-        return future.result()
-    except distributed.KilledWorker as error:
-        raise KsmError(f"workers died over and over on one task: {' '.join(str(error).split())[:300]}") from None
-    except MemoryError:
-        raise KsmError("a worker ran out of memory: more --ranges make smaller ones") from None
-    except Exception as error:
-        if future.status == "cancelled" or client.status != "running":
-            raise _lost(client, error) from None
-        raise
+    patience = _QUIET_SECONDS
+    while True:
+        try:
+            return future.result(timeout=patience)
+        except distributed.KilledWorker as error:
+            raise KsmError(f"workers died over and over on one task: {' '.join(str(error).split())[:300]}") from None
+        except MemoryError:
+            raise KsmError("a worker ran out of memory: more --ranges make smaller ones") from None
+        except distributed.TimeoutError as error:
+            if future.status == "error":  # the work's own
+                raise
+            if future.status == "cancelled" or client.status != "running":
+                raise _lost(client, error) from None
+            _alive(client, needed)
+            patience *= 2  # what is large takes its time
+        except Exception as error:
+            if future.status == "cancelled" or client.status != "running":
+                raise _lost(client, error) from None
+            raise

@@ -154,7 +154,7 @@ def on(client: Any, work: Work, ranges: Sequence[tuple[int, int]]) -> Iterator[C
         while running:
             for future in cluster.first_done(client, running, needed):
                 running.discard(future)
-                yield cluster.result(client, future)
+                yield cluster.result(client, future, needed)
                 if todo:
                     running.add(submit(*todo.pop()))
     finally:
