@@ -101,7 +101,11 @@ def _simulated(pages: Pages | ksm.Fingerprints) -> tuple[float, float, tuple[dic
 
 
 def growth(sizes: Sequence[int], rounds: int) -> list[Row]:
-    """Nanoseconds a page of a machine made of fingerprints, cold, as it grows."""
+    """Nanoseconds a page of a machine made of fingerprints, cold, as it grows.
+
+    The rounds of one size come in a row: a virtual machine gives freed memory back to its host after a while, and what
+    the host makes it wait for to have it again is no cost of ours.
+    """
     result = []
     for kind, prints in (("unique", _unique), ("guest", _guest)):
         cost: dict[int, float] = {}
