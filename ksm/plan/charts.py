@@ -344,10 +344,8 @@ def _pace(each: HostPlan) -> Figure:
     chart = alt.Chart(values(rows)).mark_line(strokeWidth=2, clip=True).encode(y=y, tooltip=tips, **_lines(alt, each))
     same = ""
     if each.check is not None:
-        same = (
-            f" Simulated: {each.check.vms} VMs, one content in {each.check.thinning} of the samples' own, "
-            "a smaller load and so a shorter time."
-        )
+        smaller = ", a smaller load and so a shorter time" if each.check.thinning > 1 else ""
+        same = f" Simulated: {each.check.vms} VMs with {each.check.contents}{smaller}."
     return Figure(
         "pace",
         "How soon pages_sharing is there",

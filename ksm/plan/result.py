@@ -174,6 +174,13 @@ class Check(_Result):
     """Share in percent of what one more VM saves -> seconds after it booted, infinite: not while it was looked at;
     empty if there is one VM."""
 
+    @property
+    def contents(self) -> str:
+        """What is in its VMs, in words: all of the samples' contents, or one of so many."""
+        if self.thinning == 1:
+            return "the samples' own contents"
+        return f"one content in {self.thinning} of the samples' own"
+
 
 @dataclass(frozen=True, slots=True)
 class Composition(_Result):
@@ -448,8 +455,8 @@ class Plan(_Result):
         if each.check is not None:
             closed, simulated = each.check.seconds_99
             found.append(
-                f"A simulation of {each.check.vms} VMs, with one content in {each.check.thinning} of the samples' own, "
-                f"has 99 % after {clock(simulated)}; the closed form says {clock(closed)} of it."
+                f"A simulation of {each.check.vms} VMs, with {each.check.contents}, has 99 % after "
+                f"{clock(simulated)}; the closed form says {clock(closed)} of it."
             )
         return found
 
