@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ksm._core import fingerprint_pages
+from ksm.threads import threads_for
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -240,8 +240,7 @@ def fingerprint(
     <Fingerprints: 2 pages>
     """
     array = as_pages(pages, page_size)
-    if threads is not None and threads < 1:
-        raise ValueError(f"{threads} threads cannot hash: one or more are needed")
+    threads = threads_for(threads)
     words = np.empty((len(array), 2), np.uint64)
     step = max(_BLOCK, -(-len(array) // _MOST_BLOCKS))
     starts = range(0, len(array), step)
@@ -251,7 +250,7 @@ def fingerprint(
         fingerprint_pages(some, words[at : at + step], np.empty(len(some), np.uint8), variant)
         return len(some)
 
-    threads = min(_cpus() if threads is None else threads, max(len(starts), 1))
+    threads = min(threads, max(len(starts), 1))
     done = 0
     if threads == 1:
         for at in starts:
@@ -268,9 +267,3 @@ def fingerprint(
     finally:
         pool.shutdown(cancel_futures=True)
     return Fingerprints(words)
-
-
-def _cpus() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

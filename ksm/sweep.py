@@ -21,6 +21,7 @@ from ksm.estimate import Source, Zeros, snapshots
 from ksm.machine import Machine
 from ksm.simulation import Simulation, Tunables, put_tunables, simulate
 from ksm.sources import Snapshot
+from ksm.threads import usable_cpus
 from ksm.trace import Trace
 
 _SIZE = struct.Struct("=Q")
@@ -188,7 +189,7 @@ def sweep(
         raise ValueError(f"{len(points):,} combinations are too many; {_MOST_POINTS:,} are the most")
     for tunables in points:
         put_tunables(Machine(kernel=kernel), tunables)
-    jobs = _cpus() if jobs is None else jobs
+    jobs = usable_cpus() if jobs is None else jobs
     if jobs < 1:
         raise ValueError(f"{jobs} processes: one or more are needed")
     what = sources if isinstance(sources, Trace) else snapshots(sources, page_size, marked_only, threads, reading)
@@ -311,7 +312,3 @@ def work() -> None:
 def _watch_parent(requests: IO[bytes]) -> None:
     requests.read(1)
     os._exit(1)
-
-
-def _cpus() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

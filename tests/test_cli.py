@@ -20,7 +20,6 @@ import ksm
 from ksm.estimate import estimate
 
 PAGE = 4096
-MAIN = "import sys; from ksm.cli import main; sys.exit(main())"
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
@@ -33,7 +32,7 @@ def environment(**extra: str) -> dict[str, str]:
 def run(tmp_path: Path) -> Run:
     def run(*arguments: str, **extra: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, "-c", MAIN, *arguments],
+            [sys.executable, "-m", "ksm", *arguments],
             cwd=tmp_path,
             env=environment(**extra),
             stdin=subprocess.DEVNULL,
@@ -235,7 +234,7 @@ def test_nobody_reads(image: str, tmp_path: Path) -> None:
     reader, writer = os.pipe()
     os.close(reader)
     done = subprocess.run(
-        [sys.executable, "-c", MAIN, "estimate", image, "--json"],
+        [sys.executable, "-m", "ksm", "estimate", image, "--json"],
         cwd=tmp_path,
         env=environment(),
         stdout=writer,
@@ -250,7 +249,7 @@ def test_nobody_reads(image: str, tmp_path: Path) -> None:
 def test_disk_full(image: str, tmp_path: Path) -> None:
     with open("/dev/full", "w") as full:
         done = subprocess.run(
-            [sys.executable, "-c", MAIN, "estimate", image, "--json"],
+            [sys.executable, "-m", "ksm", "estimate", image, "--json"],
             cwd=tmp_path,
             env=environment(),
             stdout=full,
@@ -264,7 +263,7 @@ def test_disk_full(image: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_interrupted(image: str, tmp_path: Path, number: int, code: int) -> None:
     process = subprocess.Popen(
-        [sys.executable, "-c", MAIN, "simulate", image, "--for", "1000d", "--every", "100d", "--pages-to-scan", "1"],
+        [sys.executable, "-m", "ksm", "simulate", image, "--for", "1000d", "--every", "100d", "--pages-to-scan", "1"],
         cwd=tmp_path,
         env=environment(),
         stdout=subprocess.PIPE,
@@ -285,7 +284,7 @@ def test_colour_is_for_terminals(image: str, tmp_path: Path, extra: dict[str, st
 
     leader, follower = pty.openpty()
     process = subprocess.Popen(
-        [sys.executable, "-c", MAIN, "estimate", image],
+        [sys.executable, "-m", "ksm", "estimate", image],
         cwd=tmp_path,
         env=environment(TERM="xterm-256color", **extra),
         stdin=follower,

@@ -389,6 +389,54 @@ def test_interrupted_on_a_cluster_of_others(tmp_path: Path, command: Any) -> Non
     assert not list((tmp_path / "own").iterdir())
 
 
+@linux
+def test_an_interrupt_before_dask_has_begun_says_nothing_else(tmp_path: Path) -> None:
+    """Its event loop then cancels what it has not started, and would log the traceback."""
+    cells = Cells(tmp_path)
+    address = f"tcp://127.0.0.1:{(port := free_port())}"
+    try:
+        cells.scheduler("127.0.0.1", port)
+        cells.worker(address)
+        with connect_when_up(address):
+            pass
+        # A process of its own: a signal that comes at another time would end these tests.
+        done = subprocess.run(
+            [sys.executable, "-c", EARLY, address],
+            cwd=tmp_path,
+            env=environment(),
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+    finally:
+        cells.end()
+    assert (done.returncode, done.stdout, done.stderr) == (0, "interrupted\n3\n", "")
+
+
+EARLY = """
+import os, signal, sys, threading
+from ksm.fleet import connect
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+with connect(sys.argv[1]) as client:
+    busy, over = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        busy.set()
+        over.wait()
+
+    client.loop.add_callback(hold)
+    busy.wait()
+    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+    try:
+        client.scheduler_info()
+    except KeyboardInterrupt:
+        print("interrupted", flush=True)
+    over.set()
+    print(client.submit(sum, [1, 2]).result())
+"""
+
+
 # ---- clusters that lose parts -----------------------------------------------------------------------
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import mmap
-import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -414,17 +413,3 @@ def test_unique_counts_contents(rows: list[tuple[int, int, bool]]) -> None:
     assert copies.tolist() == [wanted[key] for key in sorted(wanted)]
     assert copies.dtype == np.int64
     assert contents.present is None
-
-
-@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no CPU affinity on this system")
-def test_threads_obey_affinity(monkeypatch: pytest.MonkeyPatch) -> None:
-    from ksm import pages
-
-    cpus = os.sched_getaffinity(0)
-    try:
-        os.sched_setaffinity(0, {min(cpus)})
-        assert pages._cpus() == 1
-    finally:
-        os.sched_setaffinity(0, cpus)
-    monkeypatch.delattr(os, "sched_getaffinity")
-    assert pages._cpus() == os.cpu_count()

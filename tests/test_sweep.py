@@ -21,7 +21,7 @@ from ksm.simulation import simulate
 from ksm.sources import ArrayImage
 from ksm.sweep import Point, grid, sweep
 from ksm.trace import Trace, record
-from tests.test_cli import MAIN, Run, environment, run  # noqa: F401 - a fixture
+from tests.test_cli import Run, environment, run  # noqa: F401 - a fixture
 
 PAGE = 4096
 RNG = np.random.default_rng(1)
@@ -164,7 +164,7 @@ def workers(parent: int) -> list[int]:
 def test_no_process_is_left(image: str, tmp_path: Path, number: signal.Signals) -> None:
     arguments = ["sweep", image, "--for", "30d", "--every", "100s", "--sleep-millisecs", "0", "--jobs", "2"]
     process = subprocess.Popen(
-        [sys.executable, "-c", MAIN, *arguments], cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "ksm", *arguments], cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True
     )
     deadline = time.monotonic() + 60
     while len(mine := workers(process.pid)) < 2 and time.monotonic() < deadline:

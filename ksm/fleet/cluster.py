@@ -18,6 +18,7 @@ from typing import Any
 
 from ksm.errors import KsmError, SchedulerLostError, SourceError, UnsupportedError, WorkersGoneError
 from ksm.fleet.extras import need
+from ksm.threads import usable_cpus
 
 CONNECT_SECONDS = 10.0
 _RETRY_SECONDS = 0.2
@@ -51,15 +52,15 @@ def local(workers: int | None = None, memory: str | int = "auto") -> Iterator[An
     3
     """
     distributed = need("distributed")
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     dask = need("dask")
     with (
         tempfile.TemporaryDirectory(prefix="ksm-fleet-", ignore_cleanup_errors=True) as directory,
         dask.config.set(temporary_directory=directory),  # the scheduler takes no argument for it
+        _quiet(),
     ):
         with _not_interrupted():
             cluster = distributed.LocalCluster(
-                n_workers=workers or cpus,
+                n_workers=workers or usable_cpus(),
                 threads_per_worker=1,
                 processes=True,
                 dashboard_address="127.0.0.1:0",  # any port: nothing is served there without bokeh
@@ -93,9 +94,10 @@ def _not_interrupted() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """What Dask would log, tracebacks among it, becomes one exception of ours."""
+    """What Dask and its event loop would log, tracebacks among it, becomes one exception of ours."""
     need("distributed")  # it sets levels when it is imported
-    loggers = [logging.getLogger(name) for name in [*logging.root.manager.loggerDict] if name.startswith("distributed")]
+    names = [name for name in [*logging.root.manager.loggerDict] if name.startswith(("distributed", "tornado"))]
+    loggers = [logging.getLogger(name) for name in names]
     before = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)
