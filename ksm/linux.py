@@ -408,8 +408,10 @@ class Host:
     # ---- driving ksmd ----
 
     @contextlib.contextmanager
-    def lock(self, timeout: float | None = None) -> Iterator[None]:
+    def lock(self, timeout: float | None = None) -> Iterator[int]:
         """Hold this host's KSM alone, against every program that takes the same lock; it can be taken again inside.
+
+        Gives the descriptor that holds it. A child that inherits it holds the lock too, until it has ended.
 
         Raises TimeoutError after `timeout` seconds.
 
@@ -422,7 +424,7 @@ class Host:
                 self._descriptor = flock(self.lock_path, timeout)
             self._depth += 1
             try:
-                yield
+                yield self._descriptor
             finally:
                 self._depth -= 1
                 if self._depth == 0:

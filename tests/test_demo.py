@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -25,14 +26,13 @@ from ksm.sysfs import ATTRIBUTES
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the demo reads live processes, which needs Linux")
 
-MAIN = "import sys; from ksm.cli import main; sys.exit(main())"
 WHY_NOT = demo.cannot_verify(Host())
 kernel = pytest.mark.skipif(WHY_NOT is not None, reason=f"the kernel cannot be asked: {WHY_NOT}")
 
 
 def start(*arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-c", MAIN, "demo", *arguments],
+        [sys.executable, "-m", "ksm", "demo", *arguments],
         env={**os.environ, "PYTHONPATH": str(Path(ksm.__file__).parents[1])},
         cwd="/",  # not the source tree: python -c looks there first
         stdin=subprocess.DEVNULL,
@@ -60,7 +60,7 @@ def workers() -> list[int]:
 
 
 @pytest.fixture
-def crew() -> Iterator[Crew]:
+def crew(ksm_lock: None) -> Iterator[Crew]:
     with Crew(2) as both:
         yield both
 
@@ -75,6 +75,17 @@ def test_crew_works_is_stopped_and_ends(crew: Crew) -> None:
     pids = [worker.pid for worker in crew.workers]
     crew.__exit__(None, None, None)
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+
+
+def test_workers_hold_the_lock_until_they_end(tmp_path: Path) -> None:
+    host = Host(lock_path=tmp_path / "lock")
+    with contextlib.ExitStack() as stack:
+        with host.lock() as lock:
+            stack.enter_context(Crew(1, lock))
+        with pytest.raises(TimeoutError), host.lock(0.0):
+            pass
+    with host.lock(0.0):
+        pass
 
 
 def test_a_worker_that_dies_is_an_error(crew: Crew) -> None:

@@ -438,6 +438,7 @@ def test_the_hosts_numbers(host: Host) -> None:
 
 
 @linux_only
+@pytest.mark.usefixtures("ksm_lock")
 def test_memory_merge(run_python: Callable[[str], str]) -> None:
     if not Host().root.exists() or not Host().kernel.process_merge_any:
         pytest.skip("the running kernel has no KSM, or is older than 6.4")

@@ -340,7 +340,7 @@ def test_anonymous_pages_of_a_process(child: Callable[..., tuple[int, list[int]]
 
 
 @linux
-def test_marked_only(child: Callable[..., tuple[int, list[int]]]) -> None:
+def test_marked_only(ksm_lock: None, child: Callable[..., tuple[int, list[int]]]) -> None:
     pid, _ = child()
     with ProcessImage(pid, marked_only=True) as image:
         assert image.npages == 0

@@ -48,16 +48,21 @@ class Worker:
 class Crew:
     """Workers of both kinds in turn. A context manager: at its end all of them are dead.
 
+    Args:
+        number: how many.
+        lock: what `Host.lock` gave. They hold it too: nobody else has it before the memory of the last one has gone,
+            not even when we are killed.
+
     >>> with Crew(1) as crew:
-    ...     crew.work()
-    ...     crew.workers[0].name
-    'render 1'
+    ...     crew.workers  # those that have opted in: `work` has them do so
+    []
     """
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int, lock: int | None = None) -> None:
         self.workers: list[Worker] = []
         self._processes: list[subprocess.Popen[str]] = []
         self._number = number
+        self._inherited = () if lock is None else (lock,)
 
     def __enter__(self) -> Self:
         script = Path(__file__).with_name("worker.py")
@@ -72,6 +77,7 @@ class Crew:
                         stdout=subprocess.PIPE,
                         text=True,
                         env=environment,
+                        pass_fds=self._inherited,
                         start_new_session=True,  # Ctrl-C is for us; we end them
                     )
                 )

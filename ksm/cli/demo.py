@@ -130,7 +130,7 @@ def run(say: Callable[[str], None], console: Console, as_json: bool) -> Demo:
     """The demo: reports by `say` as it goes."""
     host = Host()
     why_not = cannot_verify(host)
-    with nullcontext() if why_not else _alone(host, say), Crew(WORKERS) as crew:
+    with nullcontext() if why_not else _alone(host, say) as lock, Crew(WORKERS, lock) as crew:
         say(f"Starting {WORKERS} processes: web workers that opt in by prctl, data workers that mark their arrays ...")
         crew.work()
         snapshots = [_read(worker) for worker in crew.workers]
@@ -170,15 +170,15 @@ def cannot_verify(host: Host) -> str | None:
 
 
 @contextmanager
-def _alone(host: Host, say: Callable[[str], None]) -> Iterator[None]:
-    """Hold the host's lock; say so if somebody else has it."""
+def _alone(host: Host, say: Callable[[str], None]) -> Iterator[int]:
+    """Hold the host's lock, and give its descriptor; say so if somebody else has it."""
     with ExitStack() as stack:
         try:
-            stack.enter_context(host.lock(0.0))
+            lock = stack.enter_context(host.lock(0.0))
         except TimeoutError:
             say(f"Waiting for another program that works with this kernel's KSM ({host.lock_path}) ...")
-            stack.enter_context(host.lock(_LOCK_SECONDS))
-        yield
+            lock = stack.enter_context(host.lock(_LOCK_SECONDS))
+        yield lock
 
 
 def _read(worker: Worker) -> Snapshot:
