@@ -456,7 +456,7 @@ def test_kernel_first_pass_and_advisor_floor(kernel: Kernel) -> None:
     found = kernel.advice(0.4)
     early = found["first_pass"]
     assert early.figures["full_scans"] == 0
-    assert 500 < early.figures["visits_per_second"] <= 2600
+    assert 0 < early.figures["visits_per_second"] <= 2600
     assert early.figures["pass_seconds_at_most"] > 1.5
     kernel.set(advisor_min_pages_to_scan=50, advisor_mode="scan-time")
     found = kernel.advice()
@@ -494,7 +494,9 @@ def test_kernel_waste_volatile_and_metadata(kernel: Kernel) -> None:
     kernel.passes()
     found = kernel.advice()
     assert found["wasted_effort"].figures["pages_not_merged"] == about(940)
-    assert found["metadata"].figures == {"metadata_bytes": 64_000, "saved_bytes": 30 * 4096, "rmap_items": 1000}
+    metadata = found["metadata"].figures  # from files that are read one after the other, while ksmd goes on
+    assert (metadata["saved_bytes"], metadata["rmap_items"]) == (30 * 4096, about(1000))
+    assert metadata["metadata_bytes"] == 64 * metadata["rmap_items"]
     assert found["saving"].figures["sharing_ratio"] == 1.0
     kernel.set(run=0)
     for page in range(500, 1000):
@@ -576,8 +578,9 @@ def test_kernel_slow_and_breaking(kernel: Kernel) -> None:
     for page in range(0, 3000, 10):
         area[page * 4096] ^= 1
     time.sleep(0.2)
-    found = by_rule(advise(Observation.between(before, observe(kernel.host, 0).sample)))
-    assert found["breaking"].figures["cow_ksm_per_second"] * 0.2 == pytest.approx(300, rel=0.5)
+    seen = Observation.between(before, observe(kernel.host, 0).sample)
+    per_second = by_rule(advise(seen))["breaking"].figures["cow_ksm_per_second"]
+    assert per_second * seen.seconds == about(300)
 
 
 @contextlib.contextmanager

@@ -33,7 +33,7 @@ from ksm.linux import KSM_ROOT, Host
 from ksm.observe import Observer
 from ksm.sysfs import ATTRIBUTES
 from tests.test_advise import Kernel, guest, kernel, machine_that_runs, random_pages
-from tests.test_cli import MAIN, environment
+from tests.test_cli import environment
 from tests.test_linux import drives_the_kernel
 from tests.test_observe import MadeUp, stat
 
@@ -264,7 +264,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     database = ("prometheus", f"--config.file={where / 'p.yml'}", f"--storage.tsdb.path={where / 'data'}",
                 f"--web.listen-address={server}")  # fmt: skip
     with (
-        program(sys.executable, "-c", MAIN, "export", "--listen", ours, log=where / "ksm.log"),
+        program(sys.executable, "-m", "ksm", "export", "--listen", ours, log=where / "ksm.log"),
         program(*node_exporter, log=where / "node.log"),
         program(*database, log=where / "prometheus.log"),
     ):
@@ -319,7 +319,8 @@ def test_prometheus_sees_what_node_exporter_sees(site: Site, kernel: Kernel) -> 
     kernel.mark(random_pages(20_000, 7))
     kernel.passes(3)
     kernel.set(run=0)
-    assert site.wait("ksm_general_profit_bytes < 0") == {"ksm": kernel.ksm.general_profit}
+    profit = kernel.ksm.general_profit
+    assert profit < 0 and site.wait(f"ksm_general_profit_bytes == {profit}") == {"ksm": profit}
 
 
 @needs_ksm
@@ -411,7 +412,7 @@ def test_slow_and_many_clients(server: Server, monkeypatch: pytest.MonkeyPatch) 
                 client.sendall(b"GET /met")
         start = time.monotonic()
         assert ask(server, GET).startswith(b"HTTP/1.0 200"), "served while a hundred others dawdle"
-        assert time.monotonic() - start < 2
+        assert time.monotonic() - start < 10  # one after the other they would take a minute
         assert len(server._open) <= 32 and threading.active_count() < 60
         slow = connect(server)
         drops.append(slow)
@@ -440,7 +441,7 @@ def test_a_client_that_does_not_read(server: Server) -> None:
 @needs_ksm
 @pytest.mark.parametrize("way", [signal.SIGTERM, signal.SIGINT])
 def test_the_program(way: signal.Signals) -> None:
-    command = [sys.executable, "-c", MAIN, "export", "--listen", "localhost:0"]
+    command = [sys.executable, "-m", "ksm", "export", "--listen", "localhost:0"]
     with subprocess.Popen(command, cwd="/", env=environment(), stderr=subprocess.PIPE, text=True) as running:
         assert running.stderr is not None
         line = running.stderr.readline()

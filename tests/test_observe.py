@@ -100,24 +100,31 @@ def test_census_finds_who_takes_part(made: MadeUp) -> None:
     assert [p.pid for p in census.poll()] == [103]
 
 
+def counted(census: Census, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The processes that one look reads."""
+    read: list[int] = []
+    genuine = Census._sample
+
+    def sample(self: Census, pid: int) -> ProcessSample | None:
+        read.append(pid)
+        return genuine(self, pid)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Census, "_sample", sample)
+        census.poll()
+    return read
+
+
 def test_census_reads_no_more_than_its_budget(made: MadeUp, monkeypatch: pytest.MonkeyPatch) -> None:
     for pid in range(1000, 1300):
         made.process(pid, stat(1) if pid < 1020 else stat())
     census = Census(made.host, budget=60)
     assert len(census.poll()) == 20
-    read: list[int] = []
-    genuine = Census._sample
-
-    def counted(self: Census, pid: int) -> ProcessSample | None:
-        read.append(pid)
-        return genuine(self, pid)
-
-    monkeypatch.setattr(Census, "_sample", counted)
     made.process(1299, stat(5))  # an old one that marks its memory late
     found = []
     for _ in range(12):
-        read.clear()
-        found.append(len(census.poll()))
+        read = counted(census, monkeypatch)
+        found.append(len(census._part))
         assert len(read) <= 60
         assert set(range(1000, 1020)) <= set(read), "those that take part are read each time"
     assert found[0] == 20 and found[-1] == 21, "the others are read in turn"
@@ -152,7 +159,7 @@ def in_memory() -> Iterator[Path]:
 
 
 def test_census_of_as_many_processes_as_there_can_be(in_memory: Path) -> None:
-    """32,768 of them: a look after the first takes no longer than the listing and `budget` reads."""
+    """32,768 of them: one that marks its memory late is found after as many looks as the documentation says."""
     made = MadeUp(in_memory)
     nothing = in_memory / "ksm_stat"
     nothing.write_text(stat())
@@ -164,12 +171,10 @@ def test_census_of_as_many_processes_as_there_can_be(in_memory: Path) -> None:
     census = Census(made.host)
     assert [p.pid for p in census.poll()] == [32_000] and census.total == 32_768
     made.process(20_000, stat(10, 5))
-    start = time.process_time()
     looks = 0
     while [p.pid for p in census.poll()] != [20_000, 32_000]:
         looks += 1
-    each = (time.process_time() - start) / (looks + 1)
-    assert looks <= 32_768 / (census.budget / 2) and each < 0.2, (looks, each)
+    assert looks <= 32_768 / (census.budget / 2)
 
 
 @pytest.mark.parametrize(("kernel", "files"), [("5.15", 0), ("5.19", 1), ("6.1", 2)])
@@ -481,8 +486,8 @@ def ended(herd: subprocess.Popen[bytes]) -> Iterator[None]:
 
 
 @linux_only
-def test_thousands_of_processes_cost_little() -> None:
-    """2,000 more processes, real ones; a look at all of them, tick by tick, takes a few milliseconds."""
+def test_of_thousands_of_processes_few_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """2,000 more processes, real ones: after the first look no more than the budget, and all of them in turn."""
     if not Path("/proc/self/ksm_stat").exists():
         pytest.skip("the kernel does not show processes' part in KSM")
     script = (
@@ -501,8 +506,5 @@ def test_thousands_of_processes_cost_little() -> None:
         census = observer.census if observer and observer.census else Census(Host())
         census.poll()
         assert census.total > 2000
-        start = time.process_time()
-        for _ in range(5):
-            census.poll()
-        each = (time.process_time() - start) / 5
-        assert each < 0.06, f"{each:.3f} s of CPU a look: more than 3 % at a look every two seconds"
+        looks = [counted(census, monkeypatch) for _ in range(8)]
+        assert all(len(pids) <= census.budget for pids in looks) and len(set().union(*looks)) > 2000

@@ -23,7 +23,6 @@ from ksm.linux import KSM_ROOT, Host, get_memory_merge
 from ksm.optin import Outcome, Saving, execute, family, require_opt_in, saving
 from ksm.stepper import restore
 
-MAIN = "import sys; from ksm.cli import main; sys.exit(main())"
 PRELOAD = Path(__file__).parents[1] / "docs" / "ksm-preload.c"
 
 
@@ -51,7 +50,7 @@ def host() -> Iterator[Host]:
 def ksm_run(*arguments: str, **options: object) -> subprocess.Popen[str]:
     environment = os.environ | {"PYTHONPATH": str(Path(ksm.__file__).parents[1])}
     return subprocess.Popen(
-        [sys.executable, "-c", MAIN, "run", *arguments],
+        [sys.executable, "-m", "ksm", "run", *arguments],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -136,7 +135,7 @@ def test_ctrl_c_arrives_once(host: Host, way: list[str]) -> None:
     pid, leader = pty.fork()
     if pid == 0:
         os.environ["PYTHONPATH"] = str(Path(ksm.__file__).parents[1])
-        os.execv(sys.executable, [sys.executable, "-c", MAIN, "run", *way, "--", sys.executable, "-c", COUNT])
+        os.execv(sys.executable, [sys.executable, "-m", "ksm", "run", *way, "--", sys.executable, "-c", COUNT])
     shown = b""
     try:
         while part := os.read(leader, 4096):

@@ -26,7 +26,7 @@ from ksm.observe import Memory, Observation, Sample
 from ksm.passes import Progress
 from ksm.saved import load
 from tests.test_advise import ADVISOR, HEALTHY, made, process
-from tests.test_cli import MAIN, environment
+from tests.test_cli import environment
 
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="Linux only")
 needs_ksm = pytest.mark.skipif(not Path(KSM_ROOT, "run").exists(), reason="the running kernel has no KSM")
@@ -160,7 +160,7 @@ def test_what_terminals_send() -> None:
 
 def run(*arguments: str, **extra: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", MAIN, "top", *arguments],
+        [sys.executable, "-m", "ksm", "top", *arguments],
         cwd="/",
         env=environment(**extra),
         capture_output=True,
@@ -181,12 +181,12 @@ def test_once_and_json(tmp_path: Path) -> None:
     assert o.seconds >= 0.2 and o.sample.kernel == os.uname().release
     assert json.loads(saved.stdout)["counters"]["pages_shared"] == o.sample.stats.pages_shared
     assert advise(o) is not None
-    pipe = f'"$0" -c "{MAIN}" top --once -d 100ms | head -c 5; echo " ${{PIPESTATUS[0]}}"'
+    pipe = '"$0" -m ksm top --once -d 100ms | head -c 5; echo " ${PIPESTATUS[0]}"'
     broken = subprocess.run(["bash", "-c", pipe, sys.executable], cwd="/", env=environment(), capture_output=True)
     assert broken.stdout in (b"ksm t 141\n", b"ksm t 0\n") and broken.stderr == b""
     with open("/dev/full", "w") as full:
         failed = subprocess.run(
-            [sys.executable, "-c", MAIN, "top", "--json", "-d", "10ms"],
+            [sys.executable, "-m", "ksm", "top", "--json", "-d", "10ms"],
             cwd="/", env=environment(), stdout=full, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
     assert (failed.returncode, failed.stderr.count("\n")) == (74, 1)
@@ -224,7 +224,7 @@ class Terminal:
         self.before = self.modes()
         self.raw = b""
         self.program = subprocess.Popen(
-            [sys.executable, "-c", MAIN, "top", *arguments],
+            [sys.executable, "-m", "ksm", "top", *arguments],
             cwd="/",
             env=environment(**{"TERM": "xterm-256color", **extra}),
             stdin=self.slave,

@@ -541,7 +541,7 @@ def test_target_on_the_running_kernel(tmp_path: Path) -> None:
                 while host.ksm_stat()["ksm_merging_pages"] < n * 0.99 and time.monotonic() - start < 30:
                     it.run(seconds=0.5)
                 took = time.monotonic() - start
-            assert took < 8  # the machine is shared
+            assert took < 20  # the machine is shared
             assert (host.ksmd_cpu_seconds() - cpu) / took < 0.35
         finally:
             madvise(area, ksm.MADV_UNMERGEABLE)

@@ -259,6 +259,14 @@ def kill_all(group: Path) -> None:
         time.sleep(0.001)
 
 
+def whole(fd: int) -> bytes:
+    """All of a file of procfs: many give no more than a page at a time, however much is asked for."""
+    text = bytearray()
+    while part := os.pread(fd, 65536, len(text)):
+        text += part
+    return bytes(text)
+
+
 def opened_if_there(path: Path) -> int | None:
     """A file descriptor for reading a file that not every kernel has."""
     try:

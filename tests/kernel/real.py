@@ -167,7 +167,7 @@ class KernelSession:
         return int(os.pread(self._file(name), 64, 0))
 
     def vmstat(self) -> dict[str, int]:
-        text = os.pread(self._vmstat, 65536, 0)
+        text = host.whole(self._vmstat)
         names = [name for name in VMSTAT if b"\n%s " % name.encode() in text]
         return {name: number_after(text, b"\n%s " % name.encode()) for name in names}
 
@@ -205,7 +205,7 @@ class KernelSession:
         seen: list[int] = []
         while len(seen) < 3 or len(set(seen[-3:])) > 1:
             self._ask_zygote(CHURN)
-            seen.append(number_after(b"\n" + os.pread(self._memory, 8192, 0), b"\n%s " % self._groups.resident))
+            seen.append(number_after(b"\n" + host.whole(self._memory), b"\n%s " % self._groups.resident))
             with suppress(BlockingIOError):
                 os.write(self._evict, self._groups.everything)
 
@@ -352,7 +352,7 @@ class RealProcess:
     def ksm_stat(self) -> dict[str, int | bool]:
         if self._stat is None:
             return {}
-        words = os.pread(self._stat, PAGE, 0).decode().replace(":", "").split()
+        words = host.whole(self._stat).decode().replace(":", "").split()
         pairs = zip(words[::2], words[1::2], strict=True)
         return {name: value == "yes" if value in ("yes", "no") else int(value) for name, value in pairs}
 
